@@ -1,0 +1,119 @@
+"""`Device`, `Link` and `Cluster`: what a model can be placed on. Plain data; discovery lives in `hardware.discover`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoplace.errors import ClusterFileError
+
+__all__ = ["Cluster", "Device", "Link"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One place that runs ops: a GPU, or a group of CPU cores."""
+
+    name: str
+    """`host/kind:index`, for example `host0/cuda:0` or `host0/cpu:1`."""
+    kind: str
+    """`cuda`, `cpu`, or any other word in a problem file."""
+    memory_bytes: float = math.inf
+    """Bytes that ops may use; infinite when unlimited."""
+    idle_watts: float | None = None
+    """Power at rest, W; None when unknown."""
+    busy_watts: float | None = None
+    """Power under load, W; None when unknown."""
+    watts_source: str | None = None
+    """Where the two figures come from, in words."""
+    cores: tuple[int, ...] = ()
+    """CPU ids of a core group; empty for a GPU."""
+    model: str = ""
+    """What the hardware calls itself: GPU or CPU model name."""
+
+    @property
+    def host(self) -> str:
+        """The part of the name before the slash."""
+        return self.name.split("/", 1)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A directed way from one device to another."""
+
+    latency_ms: float
+    """Time before the first byte arrives, ms."""
+    bytes_per_ms: float
+    """Bandwidth, bytes per ms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Devices in a fixed order, and the bandwidth and latency between any two."""
+
+    devices: tuple[Device, ...]
+    links: dict[tuple[str, str], Link] = field(default_factory=dict)
+    """(source name, target name) to link; directed."""
+    default_link: Link | None = None
+    """Used where `links` has none; None means that such a pair cannot talk."""
+
+    def __post_init__(self) -> None:
+        names = [d.name for d in self.devices]
+        if not names:
+            raise ClusterFileError("the cluster has no devices; name at least one")
+        if len(set(names)) < len(names):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise ClusterFileError(f"device {twice!r} is listed twice; give each device its own name")
+        for pair in self.links:
+            for end in pair:
+                if end not in names:
+                    raise ClusterFileError(f"a link names device {end!r}, which is not in the cluster")
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices D."""
+        return len(self.devices)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Device name to position."""
+        return {d.name: i for i, d in enumerate(self.devices)}
+
+    @cached_property
+    def link_latency_ms(self) -> NDArray[np.float64]:
+        """float64[D, D], row = source; 0 on the diagonal, inf where a pair cannot talk."""
+        return self._matrix("latency_ms", 0.0, math.inf)
+
+    @cached_property
+    def link_bytes_per_ms(self) -> NDArray[np.float64]:
+        """float64[D, D], row = source; inf on the diagonal, 0 where a pair cannot talk."""
+        return self._matrix("bytes_per_ms", math.inf, 0.0)
+
+    def _matrix(self, attribute: str, same: float, missing: float) -> NDArray[np.float64]:
+        matrix = np.full((self.num_devices, self.num_devices), missing)
+        for i, source in enumerate(self.devices):
+            for j, target in enumerate(self.devices):
+                link = self.links.get((source.name, target.name), self.default_link)
+                if i == j:
+                    matrix[i, j] = same
+                elif link is not None:
+                    matrix[i, j] = getattr(link, attribute)
+        return matrix
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 (first 16 hex digits) of the devices' names, kinds, models, cores and memory.
+
+        Measured figures (links, watts) are left out, so that profiling twice gives the same fingerprint.
+        """
+        facts = [
+            (d.name, d.kind, d.model, list(d.cores), None if math.isinf(d.memory_bytes) else int(d.memory_bytes))
+            for d in self.devices
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
