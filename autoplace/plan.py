@@ -161,9 +161,11 @@ class Plan:
         """
         known = set(Plan.plain().to_json())
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise PlanFileError(f"{where} is not a plan file: its \"format\" must be {FORMAT!r}")
+            raise PlanFileError(f'{where} is not a plan file: its "format" must be {FORMAT!r}')
         if unknown := sorted(set(data) - known):
-            raise PlanFileError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
+            raise PlanFileError(
+                f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}"
+            )
         try:
             replicas = tuple(
                 Replica(assignment={str(k): str(v) for k, v in r["assignment"].items()}, share=float(r["share"]))

@@ -44,7 +44,9 @@ class Objective:
         if self.energy_weight == 0.0:
             return time_ms
         if energy_j is None:
-            raise InputError("the objective weighs energy and no device states its watts; add idle_watts and busy_watts")
+            raise InputError(
+                "the objective weighs energy and no device states its watts; add idle_watts and busy_watts"
+            )
         return float(time_ms ** (1.0 - self.energy_weight) * energy_j**self.energy_weight)
 
 

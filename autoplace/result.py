@@ -1,0 +1,111 @@
+"""`TuneResult`: what a tuning found. Plain data that the report draws, the tracking logs and the wrapper explains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoplace.hardware.cluster import Cluster
+from autoplace.outcome import Outcome
+from autoplace.plan import Plan
+from autoplace.problem import Objective
+
+__all__ = ["Candidate", "TuneResult"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One plan on its way through the tuner."""
+
+    label: str
+    """Unique short name in tables, for example `heft x4` or `replicas 0.50/0.50`."""
+    plan: Plan
+    predicted: Outcome | None = None
+    """Outcome of the simulator; None for plain PyTorch, which has no placement."""
+    measured: Outcome | None = None
+    """Outcome of real runs; None when it was not among the best few."""
+    speedup: float | None = None
+    """Plain PyTorch's latency over this plan's: median of the pairwise ratios of the interleaved run."""
+    speedup_interval: tuple[float, float] | None = None
+    """Quartiles of the pairwise ratios."""
+    gain: float | None = None
+    """Plain PyTorch's objective J over this plan's; equals the speed-up when energy does not count."""
+    check: str = ""
+    """What the check against plain PyTorch found, in words."""
+    kept: bool = False
+    """Whether this is the chosen plan."""
+    verdict: str = ""
+    """Kept, or why not, in one phrase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneResult:
+    """What a tuning found."""
+
+    model_name: str
+    mode: str
+    """`inference` or `training`."""
+    batch_size: int
+    objective: Objective
+    cluster: Cluster
+    candidates: tuple[Candidate, ...]
+    """Plain PyTorch first."""
+    noise: float
+    """A/A noise of the same run: half width of the central half of plain-to-plain ratios, as a fraction."""
+    capture_rung: str
+    """`export`, `dispatch` or `module`."""
+    capture_reason: str = ""
+    """Why not a higher rung; empty on the highest."""
+    num_ops: int = 1
+    num_groups: int = 1
+    cost_labels: Mapping[str, int] = field(default_factory=dict)
+    """`measured` and `estimated` to number of (group, device) latencies."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Phase name to wall seconds."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Versions and machine facts."""
+
+    @property
+    def chosen(self) -> Candidate:
+        """The kept candidate."""
+        return next(c for c in self.candidates if c.kept)
+
+    @property
+    def baseline(self) -> Candidate:
+        """Plain PyTorch."""
+        return next(c for c in self.candidates if c.plan.is_plain)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON-ready data."""
+        return {
+            "format": "autoplace.result/1",
+            "model": self.model_name,
+            "mode": self.mode,
+            "batch_size": self.batch_size,
+            "objective": {"goal": self.objective.goal, "energy_weight": self.objective.energy_weight},
+            "devices": [d.name for d in self.cluster.devices],
+            "noise": self.noise,
+            "capture": {"rung": self.capture_rung, "reason": self.capture_reason, "ops": self.num_ops, "groups": self.num_groups},
+            "cost_labels": dict(self.cost_labels),
+            "seconds": dict(self.seconds),
+            "notes": list(self.notes),
+            "environment": dict(self.environment),
+            "candidates": [
+                {
+                    "label": c.label,
+                    "plan": c.plan.to_json(),
+                    "predicted": c.predicted.to_json() if c.predicted else None,
+                    "measured": c.measured.to_json() if c.measured else None,
+                    "speedup": c.speedup,
+                    "speedup_interval": list(c.speedup_interval) if c.speedup_interval else None,
+                    "gain": c.gain,
+                    "check": c.check,
+                    "kept": c.kept,
+                    "verdict": c.verdict,
+                }
+                for c in self.candidates
+            ],
+        }  # fmt: skip
