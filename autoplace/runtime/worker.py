@@ -1,0 +1,278 @@
+"""A thread per device: pinned to its core group with its own intra-op threads, or owning a CUDA stream.
+
+It runs tasks one at a time, in the order of submission, in the submitter's grad, inference and autocast modes. It knows
+nothing of models and plans.
+
+1. OpenMP's thread count belongs to the calling thread, and the threads of its pool inherit the affinity that the thread
+   has when they are made: a worker therefore pins itself before its first operation. `torch.set_num_threads` also sets
+   the process-wide count that later threads start with; the creator puts that back.
+2. A hand-over costs 8 us there and back between idle threads [measured: 2-core Xeon VM, `queue.SimpleQueue` and
+   `concurrent.futures.Future`; a bare lock needs 6 us].
+3. Worker threads are daemons: a task that never returns is left behind and does not keep the process alive.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+
+from autoplace.errors import ExecutionError
+from autoplace.hardware.cluster import Device
+
+__all__ = ["DeviceWorker", "Ledger", "TaskThread", "torch_device"]
+
+T = TypeVar("T")
+
+_MAX_PENDING_EVENTS = 256
+"""CUDA event pairs kept before their times are read."""
+
+
+def torch_device(device: Device) -> torch.device:
+    """Return the torch device behind a cluster's device.
+
+    Raises:
+        ExecutionError: If its kind is neither `cpu` nor `cuda`, or this machine has no such GPU.
+    """
+    if device.kind == "cpu":
+        return torch.device("cpu")
+    if device.kind != "cuda":
+        raise ExecutionError(f"device {device.name!r} is of kind {device.kind!r}; only cpu and cuda devices run models")
+    tail = device.name.rsplit(":", 1)[-1]
+    index = int(tail) if tail.isdigit() else 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise ExecutionError(f"device {device.name!r} is not on this machine; discover the cluster again")
+    return torch.device("cuda", index)
+
+
+class Ledger:
+    """Busy milliseconds of one user of workers, by device name; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._busy_ms: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def add(self, device: str, busy_ms: float) -> None:
+        """Add busy milliseconds of a device."""
+        with self._lock:
+            self._busy_ms[device] = self._busy_ms.get(device, 0.0) + busy_ms
+
+    def add_events(self, device: str, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        """Add the time between two CUDA events, read when it is asked for."""
+        with self._lock:
+            self._events.append((device, start, end))
+            full = len(self._events) > _MAX_PENDING_EVENTS
+        if full:
+            self._read_events()
+
+    def _read_events(self) -> None:
+        with self._lock:
+            events, self._events = self._events, []
+        for device, start, end in events:
+            end.synchronize()
+            self.add(device, start.elapsed_time(end))
+
+    def take(self) -> dict[str, float]:
+        """Return device name to busy milliseconds since the last call."""
+        self._read_events()
+        with self._lock:
+            taken, self._busy_ms = self._busy_ms, {}
+        return taken
+
+
+class _Modes:
+    """The grad, inference and autocast modes of the thread that makes it, to be entered in another."""
+
+    __slots__ = ("autocasts", "cache", "grad", "inference")
+
+    def __init__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self.autocasts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+        self.cache = torch.is_autocast_cache_enabled()
+
+    def run(self, fn: Callable[[], T]) -> T:
+        if self.inference or self.autocasts:
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(self.inference))
+                for kind, dtype in self.autocasts:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self.cache))
+                with torch.set_grad_enabled(self.grad):
+                    return fn()
+        with torch.set_grad_enabled(self.grad):
+            return fn()
+
+
+class TaskThread:
+    """A daemon thread that runs tasks one at a time, in the order of submission.
+
+    Args:
+        name: Name of the thread, for debuggers.
+        threads: Intra-op threads of the operations it runs; None = what the process uses.
+        cores: CPU ids to stay on; empty = wherever the process may run.
+    """
+
+    def __init__(self, name: str, *, threads: int | None = None, cores: Sequence[int] = ()) -> None:
+        self.name = name
+        self.cores = tuple(cores)
+        self.threads = threads
+        self._queue: queue.SimpleQueue[tuple[Future, Callable[[], Any], _Modes, Ledger | None] | None] = (
+            queue.SimpleQueue()
+        )
+        self._ledger = Ledger()
+        self._closed = False
+        ready: Future[None] = Future()
+        before = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._loop, args=(ready,), name=name, daemon=True)
+        self._thread.start()
+        ready.result()
+        # Same count for this thread, and again the count that threads to come start with (see note 1).
+        torch.set_num_threads(before)
+
+    def submit(self, fn: Callable[[], T], ledger: Ledger | None = None) -> Future[T]:
+        """Queue a task, to run in the caller's grad, inference and autocast modes.
+
+        Args:
+            fn: The task.
+            ledger: Gets the task's busy time, besides the worker's own count.
+
+        Returns:
+            A future with the task's result or its exception, original traceback included.
+
+        Raises:
+            ExecutionError: If the worker is closed.
+        """
+        if self._closed:
+            raise ExecutionError(f"the worker {self.name!r} is closed; build the executor again")
+        future: Future[T] = Future()
+        self._queue.put((future, self._wrap(fn), _Modes(), ledger))
+        return future
+
+    def run(self, fn: Callable[[], T], ledger: Ledger | None = None) -> T:
+        """Run a task and wait for its result; in the worker's own thread, run it at once."""
+        if threading.current_thread() is self._thread:
+            return fn()
+        return self.submit(fn, ledger).result()
+
+    def busy_ms(self) -> float:
+        """Return the milliseconds spent in tasks since the last call."""
+        return sum(self._ledger.take().values())
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes tasks."""
+        return not self._closed and self._thread.is_alive()
+
+    def close(self) -> None:
+        """End the thread once the queued tasks are done; calling it twice does nothing more."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+
+    def _wrap(self, fn: Callable[[], T]) -> Callable[[], T]:
+        return fn
+
+    def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger]) -> T:
+        start = time.perf_counter()
+        try:
+            return fn()
+        finally:
+            elapsed_ms = (time.perf_counter() - start) * 1e3
+            for ledger in ledgers:
+                ledger.add(self.name, elapsed_ms)
+
+    def _loop(self, ready: Future[None]) -> None:
+        try:
+            if self.cores:
+                os.sched_setaffinity(0, self.cores)
+            torch.get_num_threads()  # a thread's first look at the count sets it to the process's; have that behind us
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+        except OSError as error:
+            ready.set_exception(ExecutionError(f"cannot pin {self.name!r} to cores {self.cores}: {error}"))
+            return
+        ready.set_result(None)
+        while (item := self._queue.get()) is not None:
+            self._run_one(*item)
+            del item  # tensors in the task must not live until the next one
+
+    def _run_one(self, future: Future[T], fn: Callable[[], T], modes: _Modes, ledger: Ledger | None) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        ledgers = [self._ledger] if ledger is None else [self._ledger, ledger]
+        try:
+            result = self._account(lambda: modes.run(fn), ledgers)
+        except BaseException as error:  # whatever it is belongs to the submitter
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+
+class DeviceWorker(TaskThread):
+    """The thread of one device.
+
+    Args:
+        device: A CPU core group or a GPU.
+        threads: Intra-op threads of a CPU device; None = one per core. More than the group has cores lets the worker
+            use `host_cores`.
+        host_cores: All cores of the device's host; empty = all that the process may use.
+
+    Raises:
+        ExecutionError: If the device is not on this machine.
+    """
+
+    def __init__(self, device: Device, threads: int | None = None, host_cores: Sequence[int] = ()) -> None:
+        self.device = device
+        self.torch_device = torch_device(device)
+        self.stream: torch.cuda.Stream | None = None
+        if self.torch_device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.torch_device)
+            super().__init__(device.name, threads=1)
+            return
+        available = os.sched_getaffinity(0)
+        own = sorted(available & set(device.cores)) if device.cores else sorted(available)
+        if not own:
+            raise ExecutionError(
+                f"this process may use none of the cores {list(device.cores)} of {device.name!r}; discover again"
+            )
+        count = len(own) if threads is None else threads
+        self.wide = count > len(own)
+        """Whether it may use all cores of its host."""
+        cores = sorted(available & set(host_cores)) or sorted(available) if self.wide else own
+        super().__init__(device.name, threads=count, cores=cores)
+
+    def _wrap(self, fn: Callable[[], T]) -> Callable[[], T]:
+        stream = self.stream
+        if stream is None:
+            return fn
+        # What the submitter has queued on its streams comes before the task, wherever its tensors live.
+        before = [torch.cuda.current_stream(i).record_event() for i in range(torch.cuda.device_count())]
+
+        def on_stream() -> T:
+            with torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
+                for event in before:
+                    stream.wait_event(event)
+                return fn()
+
+        return on_stream
+
+    def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger]) -> T:
+        if self.stream is None:
+            return super()._account(fn, ledgers)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(self.stream)
+        try:
+            return fn()
+        finally:
+            end.record(self.stream)
+            for ledger in ledgers:
+                ledger.add_events(self.name, start, end)
