@@ -31,6 +31,8 @@ class Candidate:
     """Quartiles of the pairwise ratios."""
     gain: float | None = None
     """Plain PyTorch's objective J over this plan's; equals the speed-up when energy does not count."""
+    gain_low: float | None = None
+    """Lower quartile of the gain over the pairs of the interleaved run."""
     check: str = ""
     """What the check against plain PyTorch found, in words."""
     kept: bool = False
@@ -102,6 +104,7 @@ class TuneResult:
                     "speedup": c.speedup,
                     "speedup_interval": list(c.speedup_interval) if c.speedup_interval else None,
                     "gain": c.gain,
+                    "gain_low": c.gain_low,
                     "check": c.check,
                     "kept": c.kept,
                     "verdict": c.verdict,

@@ -1,0 +1,150 @@
+"""`autoplace tune`: from a model factory to a measured plan, a report and an MLflow run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from autoplace import tuner
+from autoplace.cli.factory import load_workload
+from autoplace.errors import InputError
+from autoplace.files import write_text_atomically
+from autoplace.hardware.cluster import Cluster
+from autoplace.problem import Objective
+from autoplace.result import TuneResult
+from autoplace.workload import Workload
+
+__all__ = ["progress_bars", "tune"]
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="Model factory, file.py:function, that returns (model, inputs).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plan, report and results.")] = Path(
+        "autoplace-out"
+    ),
+    training: Annotated[
+        bool | None, typer.Option("--training/--inference", help="Default: the mode the model is returned in.")
+    ] = None,
+    energy_aware: Annotated[bool, typer.Option("--energy-aware", help="Same as --energy-weight 0.5.")] = False,
+    energy_weight: Annotated[
+        float | None, typer.Option("--energy-weight", help="w of latency^(1-w) * energy^w.", show_default="0")
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", help="Cluster file; default: discover this machine.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="Learned policy: name, folder, models:/ URI, or none.")
+    ] = "default",
+    budget: Annotated[float, typer.Option("--budget", help="Seconds for the real runs that decide.")] = 60.0,
+    plans: Annotated[int, typer.Option("--plans", help="How many of the best predicted plans to measure.")] = 5,
+    compile: Annotated[bool, typer.Option("--compile", help="Let plain torch.compile compete too.")] = False,
+    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse measured costs of earlier runs.")] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of all searches.")] = 0,
+    tracking_uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store.")] = None,
+) -> None:
+    """Find the fastest plan for a model on these devices, by real runs; plain PyTorch is always a candidate."""
+    if energy_aware and energy_weight is not None:
+        raise InputError("--energy-aware and --energy-weight say the same thing twice; give one of them")
+    weight = energy_weight if energy_weight is not None else (0.5 if energy_aware else 0.0)
+    console = Console()
+    workload = load_workload(model, training=training)
+    config = tuner.TuneConfig(
+        objective=Objective(energy_weight=weight),
+        budget_s=budget,
+        policy=None if policy == "none" else policy,
+        measured_plans=plans,
+        compile=compile,
+        use_cache=cache,
+        seed=seed,
+    )
+    devices = Cluster.load(cluster) if cluster is not None else None
+    with progress_bars(console) as progress:
+        result = tuner.tune(workload, config, cluster=devices, progress=progress)
+    _show(console, result)
+    _run_chosen(console, workload, result)
+    _write(console, result, output, tracking_uri)
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[tuner.Progress]:
+    """Show one bar per phase; yields the callback that `tuner.tune` takes."""
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, int] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            task = bars.tasks[tasks[phase]]
+            bars.update(
+                task.id,
+                completed=max(done, task.total or 0) if done == total == 1 else done,
+                total=max(total, int(task.total or 0)),
+            )
+
+        yield update
+
+
+def _show(console: Console, result: TuneResult) -> None:
+    from autoplace.report import candidates_table
+
+    console.print()
+    console.print(candidates_table(result))
+    console.print(
+        f"Captured by {result.capture_rung} ({result.num_ops} ops in {result.num_groups} groups); "
+        f"A/A noise of plain PyTorch ±{result.noise:.1%}."
+    )
+    if result.capture_reason:
+        console.print(f"Not captured higher because: {result.capture_reason}")
+    for note in result.notes:
+        console.print(f"Note: {note}")
+
+
+def _run_chosen(console: Console, workload: Workload, result: TuneResult) -> None:
+    """Run the chosen plan once as the user would, and say what came out."""
+    from autoplace.runtime import build_executor
+
+    with (
+        warnings.catch_warnings(),
+        workload.mode(),
+        build_executor(workload.model, result.chosen.plan, result.cluster) as executor,
+    ):
+        output = workload.forward(executor)
+    tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
+    console.print(f"Ran the chosen plan ({result.chosen.label}): {type(output).__name__} of shapes {shapes}.")
+
+
+def _write(console: Console, result: TuneResult, output: Path, tracking_uri: str | None) -> None:
+    from autoplace.report import write_report, write_trace
+    from autoplace.tracked import log_tune
+    from autoplace.zoo.tracking import ui_command
+
+    plan_path, result_path, trace_path = output / "plan.json", output / "result.json", output / "trace.json"
+    result.chosen.plan.save(plan_path)
+    write_text_atomically(result_path, json.dumps(result.to_json(), indent=1) + "\n")
+    report_path = write_report(result, output)
+    rows = [("plan", plan_path), ("report", report_path), ("all candidates", result_path)]
+    staged = result.chosen.predicted
+    if staged is not None and staged.timeline:
+        write_trace(staged, trace_path)
+        rows.append(("trace (ui.perfetto.dev)", trace_path))
+    log_tune(result, tracking_uri=tracking_uri, artifacts=[report_path])
+    console.print()
+    for label, path in rows:
+        console.print(f"  {label:<24} {path.resolve()}", soft_wrap=True)
+    console.print(f"  {'compare runs':<24} {ui_command(tracking_uri)}", soft_wrap=True)

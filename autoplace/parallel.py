@@ -1,0 +1,213 @@
+"""`OptimizedParallel`: the one changed line. A wrapper that behaves like the model and runs it under the best plan.
+
+The wrapper shares the model's own dictionaries of parameters, buffers and modules, so that `state_dict` keys,
+`parameters()` and `modules()` are the model's own objects under their own names. The first call in a mode (inference or
+training) tunes on the inputs of that call, and every later call runs the plan that was kept. A batch that the plan
+cannot run, and a mode for which nothing beat plain PyTorch, runs plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from autoplace.errors import ExecutionError, InputError, PlanFileError
+from autoplace.hardware.cluster import Cluster
+from autoplace.plan import Plan
+from autoplace.problem import Objective
+from autoplace.result import TuneResult
+from autoplace.runtime import Executor, build_executor
+from autoplace.workload import Workload
+
+__all__ = ["OptimizedParallel"]
+
+
+class OptimizedParallel(torch.nn.Module):
+    """Run a model under the placement plan that short real runs on this machine's devices found best.
+
+    Args:
+        model: Any module. It is shared, never copied.
+        energy_aware: Minimise the energy-delay product instead of latency; the same as `energy_weight=0.5`.
+        energy_weight: w of J = latency^(1-w) * energy^w; None leaves it to `energy_aware`.
+        plan: A plan, or the path of a plan file, to run without tuning; checked on the first inputs.
+        loss: Output to scalar loss, for tuning in training; None takes `output.loss`, else a mean square.
+        cluster: The devices; None discovers this machine's.
+        policy: Learned policy that proposes beside the other strategies; None goes without.
+        budget_s: Wall seconds for the real runs of one tuning.
+        track: Whether a tuning is logged as an MLflow run.
+
+    Raises:
+        InputError: If `model` is no module or a weight is out of range.
+        PlanFileError: If the plan file is missing or malformed.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        energy_aware: bool = False,
+        energy_weight: float | None = None,
+        plan: Plan | str | Path | None = None,
+        loss: Callable[[Any], torch.Tensor] | None = None,
+        cluster: Cluster | None = None,
+        policy: str | None = "default",
+        budget_s: float = 60.0,
+        track: bool = True,
+    ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise InputError(f"OptimizedParallel wraps a torch.nn.Module and got a {type(model).__name__}")
+        super().__init__()
+        weight = energy_weight if energy_weight is not None else (0.5 if energy_aware else 0.0)
+        options = {
+            "objective": Objective(energy_weight=weight),
+            "plan": Plan.load(plan) if isinstance(plan, (str, Path)) else plan,
+            "loss": loss,
+            "cluster": cluster,
+            "policy": policy,
+            "budget_s": budget_s,
+            "track": track,
+        }
+        # Shared dictionaries: this module's parameters, buffers and children are the model's, under the same keys.
+        state = self.__dict__
+        state.update(_wrapped=model, _options=options, _executors={}, _results={})
+        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            state[shared] = model.__dict__[shared]
+        state["training"] = model.training
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a parameter, buffer or child, else the wrapped model's attribute."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_wrapped" not in self.__dict__:  # half-made, as while unpickling
+                raise
+            return getattr(self.__dict__["_wrapped"], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the executors' threads behind; a copy tunes again on its first call."""
+        return {**self.__dict__, "_executors": {}}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; the first call in a mode tunes on its inputs."""
+        executor = self._executors.get(self.training)
+        if executor is None:
+            executor = self._prepare(args, kwargs)
+        try:
+            return executor(*args, **kwargs)
+        except ExecutionError as error:
+            warnings.warn(f"autoplace runs this batch by plain PyTorch: {error}", stacklevel=2)
+            return self._wrapped(*args, **kwargs)
+
+    def tune(self, *args: Any, **kwargs: Any) -> TuneResult:
+        """Tune for the present mode on these inputs, replace the plan, and return what was found."""
+        from autoplace.tuner import TuneConfig, tune
+
+        options = self._options
+        config = TuneConfig(objective=options["objective"], budget_s=options["budget_s"], policy=options["policy"])
+        result = tune(self._workload(args, kwargs), config, cluster=options["cluster"])
+        if options["track"]:
+            from autoplace.tracked import log_tune
+
+            log_tune(result)
+        self._results[self.training] = result
+        self._install(result.chosen.plan, result.cluster)
+        return result
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the present mode; None before the first call."""
+        executor = self._executors.get(self.training)
+        return executor.plan if executor is not None else None
+
+    def visualize_performance(self, output_dir: str | Path = "./visualizations") -> Path:
+        """Write the report of the last tuning (HTML, plots, trace) and return the path of the HTML file.
+
+        Raises:
+            InputError: If nothing has been tuned yet.
+        """
+        from autoplace.report import write_report
+
+        if not self._results:
+            raise InputError("nothing to show yet: call the model once, so that it is tuned on real inputs")
+        last = list(self._results.values())[-1]
+        path: Path = write_report(last, Path(output_dir))
+        return path
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:
+        given = self._options["plan"]
+        if given is None:
+            self.tune(*args, **kwargs)
+        else:
+            self._install_checked(given, self._workload(args, kwargs))
+        executor: Executor = self._executors[self.training]
+        return executor
+
+    def _install_checked(self, plan: Plan, workload: Workload) -> None:
+        """Install a plan that came from outside, if it fits this machine and computes the same."""
+        from autoplace.measure import check_plan
+
+        cluster = self._options["cluster"] or Cluster.discover(measure_links=False)
+        if plan.cluster_fingerprint and plan.cluster_fingerprint != cluster.fingerprint:
+            raise PlanFileError("the plan was made for other devices than these; tune again on this machine")
+        executor = build_executor(self._wrapped, plan, cluster)
+        report = check_plan(workload, executor)
+        executor.close()
+        if not report.ok:
+            warnings.warn(
+                f"autoplace runs plain PyTorch, as the plan does not compute the same: {report.reason}", stacklevel=4
+            )
+        self._install(plan if report.ok else Plan.plain(), cluster)
+
+    def _install(self, plan: Plan, cluster: Cluster) -> None:
+        old = self._executors.pop(self.training, None)
+        if old is not None:
+            old.close()
+        self._executors[self.training] = build_executor(self._wrapped, plan, cluster)
+
+    def _workload(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Workload:
+        """Tuning runs on copies of the inputs, so that theirs is left alone."""
+
+        def copy(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+        copied_args, copied_kwargs = pytree.tree_map(copy, (args, dict(kwargs)))
+        return Workload(
+            model=self._wrapped,
+            args=copied_args,
+            kwargs=copied_kwargs,
+            training=self.training and torch.is_grad_enabled(),
+            loss=self._options["loss"],
+            name=type(self._wrapped).__name__,
+        )
+
+    def train(self, mode: bool = True) -> OptimizedParallel:
+        """Set the model to training or inference."""
+        self.__dict__["_wrapped"].train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the wrapped model's own state."""
+        return self._wrapped.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a state of the wrapped model."""
+        return self._wrapped.load_state_dict(*args, **kwargs)
+
+    def close(self) -> None:
+        """End the executors' threads; the next call tunes again."""
+        for executor in self._executors.values():
+            executor.close()
+        self._executors.clear()
+
+    def extra_repr(self) -> str:
+        """Describe the plan."""
+        plan = self.plan
+        return f"plan={plan.shape if plan is not None else 'not tuned yet'}"
