@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from autoplace import choose as choosing
-from autoplace.errors import AutoplaceError, InputError, PolicyError
+from autoplace.errors import InputError, PolicyError
 from autoplace.hardware.cluster import Cluster
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
-from autoplace.problem import Objective, Problem, Semantics
+from autoplace.problem import Objective, Problem
 from autoplace.result import Candidate, TuneResult
 from autoplace.workload import Workload
 
@@ -145,7 +145,7 @@ def tune(
         num_groups=grouping.graph.num_ops,
         cost_labels={label: labels.count(label) for label in dict.fromkeys(labels)},
         seconds=phases.seconds,
-        notes=tuple([*notes, *costs.notes]),
+        notes=(*notes, *costs.notes),
         environment=_environment(),
     )
 
