@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,39 @@ class Cluster:
             for end in pair:
                 if end not in names:
                     raise ClusterFileError(f"a link names device {end!r}, which is not in the cluster")
+
+    @staticmethod
+    def discover(*, measure_links: bool = True, host: str = "host0") -> Cluster:
+        """Return this machine's GPUs and CPU core groups, with memory, watts and links → `hardware.discover`.
+
+        Args:
+            measure_links: Whether to measure the links by real copies (under two seconds) or to assume them.
+            host: Name of this machine in the devices' names.
+        """
+        from autoplace.hardware.discover import discover
+
+        return discover(measure_links=measure_links, host=host)
+
+    @staticmethod
+    def load(path: str | Path) -> Cluster:
+        """Return the cluster that a YAML file describes → `hardware.cluster_file`.
+
+        Raises:
+            ClusterFileError: If the file is missing, unreadable, or describes no usable cluster.
+        """
+        from autoplace.hardware.cluster_file import load_cluster
+
+        return load_cluster(path)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cluster as a YAML file → `hardware.cluster_file`.
+
+        Raises:
+            ClusterFileError: If the file cannot be written.
+        """
+        from autoplace.hardware.cluster_file import save_cluster
+
+        save_cluster(self, path)
 
     @property
     def num_devices(self) -> int:
