@@ -169,7 +169,7 @@ class OpGraph:
 
 
 def _array(values: Sequence[float] | None, count: int, dtype: type) -> NDArray:
-    array = np.zeros(count, dtype) if values is None else np.asarray(values, dtype)
+    array: NDArray = np.zeros(count, dtype) if values is None else np.asarray(values, dtype)
     if array.shape != (count,):
         raise AutoplaceError(f"expected {count} values, one per op, and got {array.shape}")
     return array

@@ -1,0 +1,123 @@
+"""`capture`: from a model and its inputs to an OpGraph, by a ladder of three rungs.
+
+1. `export`: the whole graph by `torch.export`, → `export_capture`.
+2. `dispatch`: the ops of one real run, → `dispatch_capture`.
+3. `module`: the model as one op, → `_one_op`.
+
+The first rung that works is taken, and why the ones above it failed is kept as the reason. The model is the same before
+and after, → `preserve_model`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from autoplace.errors import InputError
+from autoplace.graph.dispatch_capture import capture_by_dispatch
+from autoplace.graph.export_capture import capture_by_export
+from autoplace.graph.opgraph import OpGraph
+from autoplace.graph.preserve import preserve_model
+from autoplace.workload import Workload
+
+__all__ = ["Capture", "capture", "capture_kwargs"]
+
+Rung = Literal["export", "dispatch", "module"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """What capture reached."""
+
+    graph: OpGraph
+    """One op per ATen call that computes, in execution order; views are folded away."""
+    rung: Rung
+    """`export`, `dispatch` or `module`."""
+    reason: str = ""
+    """Why no higher rung was reached; empty for `export`."""
+    dynamic_batch: bool = False
+    """Whether the exported graph holds for other batch sizes, too."""
+
+
+def capture(workload: Workload) -> Capture:
+    """Capture the forward pass of a workload's model in the workload's mode.
+
+    Args:
+        workload: Model, inputs and mode.
+
+    Returns:
+        The graph, the rung that gave it and why no higher one did.
+
+    Raises:
+        InputError: If the model itself raises on these inputs.
+    """
+    kwargs, reasons = capture_kwargs(workload), []
+    try:
+        graph, dynamic = _guarded(workload, lambda: capture_by_export(workload, kwargs))
+        return Capture(graph=graph, rung="export", dynamic_batch=dynamic)
+    except Exception as error:
+        reasons.append(f"torch.export: {_first_line(error)}")
+    try:
+        graph = _guarded(workload, lambda: capture_by_dispatch(workload, kwargs))
+        return Capture(graph=graph, rung="dispatch", reason="; ".join(reasons))
+    except Exception as error:
+        _check_runs(workload)
+        reasons.append(f"recording a run: {_first_line(error)}")
+    return Capture(graph=_one_op(workload), rung="module", reason="; ".join(reasons))
+
+
+def capture_kwargs(workload: Workload) -> dict[str, Any]:
+    """Return the keyword inputs with caches switched off where the model has that switch and the user left it alone."""
+    kwargs = dict(workload.kwargs)
+    try:
+        signature = inspect.signature(workload.model.forward)
+        given = signature.bind_partial(*workload.args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return kwargs
+    config = getattr(workload.model, "config", None)
+    hidden = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and getattr(config, "use_cache", None)
+    if "use_cache" not in given and "use_cache" not in kwargs and ("use_cache" in signature.parameters or hidden):
+        kwargs["use_cache"] = False
+    return kwargs
+
+
+def _guarded(workload: Workload, run: Callable[[], Any]) -> Any:
+    with preserve_model(workload.model), workload.mode():
+        return run()
+
+
+def _check_runs(workload: Workload) -> None:
+    """Raise InputError if the model cannot run plainly, too: then the fault is not capture's."""
+    try:
+        _guarded(workload, workload.forward)
+    except Exception as error:
+        raise InputError(
+            f"the model cannot run on these inputs ({_first_line(error)}); "
+            "pass inputs that `model(*args, **kwargs)` takes"
+        ) from error
+
+
+def _first_line(error: Exception, limit: int = 160) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\s+", " ", lines[0]) if lines else ""
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _one_op(workload: Workload) -> OpGraph:
+    """The model as one op that holds all weights and whose costs are unknown (zero)."""
+    weights = [*workload.model.parameters(), *workload.model.buffers()]
+    held = sum(t.numel() * t.element_size() for t in weights if not _is_lazy(t))
+    return OpGraph.build(
+        names=["."], edges=[], kinds=["model"], modules=[""], weight_bytes=[held], bytes_moved=[float(held)],
+        frees=[not workload.training],
+    )  # fmt: skip
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return torch.nn.parameter.is_lazy(tensor)
