@@ -1,1 +1,1 @@
-"""policy."""
+"""The learned policy: features of a decision, the network that scores devices, and placements by it."""
