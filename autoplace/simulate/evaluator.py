@@ -1,0 +1,249 @@
+"""`SimulatedEvaluator`: plans in, Outcomes out, by simulation. It knows the problem alone, never the model.
+
+Two doors: `score` for search (device indices in, objectives out, one compiled call), and `outcome` and `evaluate` for
+everything that is shown to people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from autoplace.errors import InputError, PlanFileError
+from autoplace.outcome import Outcome, Span
+from autoplace.plan import Plan
+from autoplace.problem import Problem
+from autoplace.simulate import kernels
+from autoplace.simulate.arrays import Arrays, Workspace, build_arrays, build_workspace
+from autoplace.simulate.expand import Part, expand, expand_equal
+
+__all__ = ["SimulatedEvaluator"]
+
+
+class SimulatedEvaluator:
+    """Evaluates plans of one problem by simulation. Deterministic; not to be shared between threads.
+
+    Args:
+        problem: What is placed. `semantics.microbatches = m` splits every pass into m equal parts that share the
+            assignment, in `score` and `outcome` alike.
+
+    Raises:
+        InputError: If the objective weighs energy and a device states no watts.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.evaluations = 0
+        """Assignments and plans evaluated so far."""
+        larger, source = expand_equal(problem, problem.semantics.microbatches)
+        self._prepare(larger, source)
+
+    def _prepare(self, larger: Problem, source: NDArray[np.int32]) -> None:
+        self._larger = larger
+        self._arrays: Arrays = build_arrays(larger, self.problem, source)
+        self._workspace: Workspace = build_workspace(self._arrays)
+        self._logging: Workspace | None = None
+
+    def score(self, assignments: ArrayLike) -> NDArray[np.float64]:
+        """Return the objective J of assignments; inf where infeasible.
+
+        Args:
+            assignments: int[P, N] or int[N], device index of every op.
+
+        Returns:
+            float64[P]; P = 1 for a single assignment.
+
+        Raises:
+            InputError: If the shape does not fit, or an index names no device.
+        """
+        plans = self._checked(assignments)
+        objective = self._run(plans, self._workspace, full=False)[0]
+        self.evaluations += len(plans)
+        return objective
+
+    def outcome(self, assignment: ArrayLike, *, timeline: bool = False) -> Outcome:
+        """Return all figures of one assignment.
+
+        Args:
+            assignment: int[N], device index of every op.
+            timeline: Whether to list what ran when.
+
+        Raises:
+            InputError: If the shape does not fit, or an index names no device.
+        """
+        plans = self._checked(assignment)
+        if len(plans) != 1:
+            raise InputError(f"outcome takes one assignment and got {len(plans)}; use score for many")
+        self.evaluations += 1
+        return self._outcome(plans, timeline=timeline)
+
+    def schedule(self, assignment: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return start and finish of every op, ms, float64[m, N] each: a row per microbatch.
+
+        Barrier ops exist once and have the same times in every row. All are inf where the assignment is infeasible.
+
+        Raises:
+            InputError: If the shape does not fit, or an index names no device.
+        """
+        plans, count = self._checked(assignment), self.problem.semantics.microbatches
+        status = self._run(plans[:1], self._workspace, full=True)[1]
+        shape = (count, self.problem.num_ops)
+        start, finish = np.full(shape, np.inf), np.full(shape, np.inf)
+        if status[0] == kernels.FEASIBLE:
+            source = self._arrays.source
+            new = np.zeros(shape, np.int64)
+            seen = np.zeros(self.problem.num_ops, np.int64)
+            for index, op in enumerate(source):
+                new[seen[op] :, op] = index
+                seen[op] += 1
+            start, finish = self._workspace.start_ms[new], self._workspace.finish_ms[new]
+        return start, finish
+
+    def evaluate(self, plans: Sequence[Plan], *, timeline: bool = False) -> list[Outcome]:
+        """Return one Outcome per plan: replicas with their shares, microbatches and threads.
+
+        A plan that does not fit the problem, or has no placement (plain PyTorch), is infeasible with a reason.
+        """
+        outcomes = []
+        for plan in plans:
+            self.evaluations += 1
+            try:
+                outcomes.append(self._evaluate(plan, timeline=timeline))
+            except PlanFileError as error:
+                outcomes.append(Outcome(source="simulated", feasible=False, reason=str(error)))
+        return outcomes
+
+    def _evaluate(self, plan: Plan, *, timeline: bool) -> Outcome:
+        if plan.is_plain:
+            reason = "plain PyTorch has no placement to simulate; measure it"
+            return Outcome(source="simulated", feasible=False, reason=reason)
+        problem = self._threaded(plan)
+        arrays = [plan.assignment_array(problem, r) for r in range(len(plan.replicas))]
+        usual = problem is self.problem and plan.microbatches == problem.semantics.microbatches
+        if len(arrays) == 1 and usual:
+            return self._outcome(self._checked(arrays[0]), timeline=timeline)
+        for row in arrays:
+            if reason := self._broken(row):
+                return Outcome(source="simulated", feasible=False, reason=reason)
+        parts = [
+            Part(row, replica.share / plan.microbatches)
+            for row, replica in zip(arrays, plan.replicas, strict=True)
+            for _ in range(plan.microbatches)
+        ]
+        larger, device = expand(problem, parts)
+        return SimulatedEvaluator(larger)._outcome(device[None, :], timeline=timeline)
+
+    def _threaded(self, plan: Plan) -> Problem:
+        """Return the problem with the latencies of the threads that the plan asks for, where they were measured."""
+        scale = np.ones(self.problem.num_devices)
+        for name, threads in plan.threads.items():
+            if name not in self.problem.cluster.index:
+                raise PlanFileError(f"the plan sets threads of device {name!r}, which the cluster lacks; tune again")
+            scale[self.problem.cluster.index[name]] = self.problem.thread_scale.get(name, {}).get(threads, 1.0)
+        if (scale == 1.0).all():
+            return self.problem
+        overhead = self.problem.overhead_ms
+        return self.problem.with_(
+            latency_ms=self.problem.latency_ms * scale, overhead_ms=None if overhead is None else overhead * scale
+        )
+
+    def _checked(self, assignments: ArrayLike) -> NDArray[np.int32]:
+        plans = np.asarray(assignments)
+        if plans.ndim == 1:
+            plans = plans[None, :]
+        shape = (self.problem.num_ops, self.problem.num_devices)
+        if plans.ndim != 2 or plans.shape[1] != shape[0] or not np.issubdtype(plans.dtype, np.integer):
+            raise InputError(
+                f"assignments have shape {plans.shape} and type {plans.dtype}; expected integers (plans, {shape[0]} ops)"
+            )
+        if plans.size and (plans.min() < 0 or plans.max() >= shape[1]):
+            raise InputError(f"an assignment names a device outside 0 to {shape[1] - 1}")
+        return np.ascontiguousarray(plans, np.int32)
+
+    def _run(self, plans: NDArray[np.int32], workspace: Workspace, *, full: bool) -> tuple[NDArray, ...]:
+        """Return objective, status, time, makespan and energy of each plan."""
+        figures = np.empty((4, len(plans)))
+        status = np.empty(len(plans), np.int8)
+        objective, time_ms, makespan_ms, energy_j = figures
+        kernels.evaluate_plans(self._arrays, workspace, plans, full, objective, status, time_ms, makespan_ms, energy_j)
+        return objective, status, time_ms, makespan_ms, energy_j
+
+    def _outcome(self, plans: NDArray[np.int32], *, timeline: bool) -> Outcome:
+        workspace = self._workspace
+        if timeline:
+            workspace = self._logging = self._logging or build_workspace(self._arrays, log=True)
+        objective, status, time_ms, makespan_ms, energy_j = (
+            column[0] for column in self._run(plans, workspace, full=True)
+        )
+        names = [d.name for d in self.problem.cluster.devices]
+        if status != kernels.FEASIBLE:
+            memory = dict(zip(names, workspace.peak_bytes.tolist(), strict=True)) if status == kernels.MEMORY else {}
+            reason = self._broken(plans[0]) or self._over_memory(workspace)
+            return Outcome(source="simulated", feasible=False, reason=reason, peak_memory_bytes=memory)
+        known = not np.isnan(energy_j)
+        return Outcome(
+            source="simulated",
+            latency_ms=float(makespan_ms),
+            period_ms=float(time_ms),
+            throughput_sps=1000.0 * self.problem.batch_size / float(time_ms) if time_ms > 0 else 0.0,
+            energy_j=float(energy_j) if known else None,
+            energy_source="model" if known else None,
+            objective=float(objective),
+            peak_memory_bytes=dict(zip(names, workspace.peak_bytes.tolist(), strict=True)),
+            busy_ms=dict(zip(names, workspace.busy_ms.tolist(), strict=True)),
+            timeline=self._spans(workspace) if timeline else (),
+        )
+
+    def _broken(self, plan: NDArray[np.int32]) -> str:
+        """Return why an assignment cannot run at all: latencies, co-location, links; empty when it can."""
+        graph, cluster, arrays = self.problem.graph, self.problem.cluster, self._arrays
+        names = [d.name for d in cluster.devices]
+        ops = np.arange(len(plan))
+        if len(bad := np.flatnonzero(~np.isfinite(self.problem.latency_ms[ops, plan]))):
+            return f"op {graph.names[bad[0]]!r} cannot run on {names[plan[bad[0]]]!r}; place it elsewhere"
+        if len(bad := np.flatnonzero(plan != plan[arrays.colocate_first])):
+            first = arrays.colocate_first[bad[0]]
+            return f"ops {graph.names[first]!r} and {graph.names[bad[0]]!r} must share a device and do not"
+        if not arrays.may_not_talk:
+            return ""
+        host = len(names)
+        for producer, consumer, _ in graph.edge_list:
+            s, d = int(plan[producer]), int(plan[consumer])
+            legs = [(s, d)]
+            if arrays.host:
+                legs = [leg for leg, end in (((s, host), s), ((host, d), d)) if not arrays.stays[end]]
+            if s != d and any(np.isinf(arrays.link_ms[leg]) for leg in legs):
+                return (
+                    f"op {graph.names[consumer]!r} on {names[d]!r} needs a tensor of {graph.names[producer]!r} on "
+                    f"{names[s]!r}, and there is no link between the two"
+                )
+        return ""
+
+    def _over_memory(self, workspace: Workspace) -> str:
+        """Return which device's memory the plan in the workspace exceeds."""
+        limits = self._arrays.memory_bytes
+        worst = int(np.flatnonzero(workspace.peak_bytes > limits)[0])
+        return (
+            f"device {self.problem.cluster.devices[worst].name!r} would hold {workspace.peak_bytes[worst]:.0f} bytes "
+            f"and has {limits[worst]:.0f}"
+        )
+
+    def _spans(self, workspace: Workspace) -> tuple[Span, ...]:
+        """Return what ran when: ops on devices, then transfers, each by start."""
+        graph, devices = self._larger.graph, [d.name for d in self.problem.cluster.devices]
+        nodes = [*devices, "host memory"]
+        ops = [
+            Span(resource=devices[workspace.device[i]], label=graph.names[i],
+                 start_ms=float(workspace.start_ms[i]), end_ms=float(workspace.finish_ms[i]))
+            for i in np.argsort(workspace.start_ms, kind="stable")
+        ]  # fmt: skip
+        lines = int(workspace.counters[kernels.LINES])
+        transfers = [
+            Span(resource=f"{nodes[source]} -> {nodes[target]}", label=graph.names[graph.tensor_producer[tensor]],
+                 start_ms=float(start), end_ms=float(end))
+            for (tensor, source, target), (start, end) in
+            zip(workspace.log_ends[:lines].tolist(), workspace.log_ms[:lines].tolist(), strict=True)
+        ]  # fmt: skip
+        return (*ops, *sorted(transfers, key=lambda span: (span.start_ms, span.resource)))
