@@ -20,7 +20,7 @@ def wrong():
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def factory(tmp_path):
     path = tmp_path / "factory.py"
     path.write_text(GOOD)

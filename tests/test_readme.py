@@ -1,0 +1,39 @@
+"""The README's Python runs as written, its commands exist, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from autoplace.cli.app import VERBS
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = _blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(example, str(README), "exec"), names)
+    assert names["outputs"].shape == (64, 10)
+    assert (tmp_path / "visualizations" / "report.html").stat().st_size > 1000
+
+
+def test_every_command_names_a_verb():
+    verbs = [v for block in _blocks("bash") for v in re.findall(r"bin/autoplace (\w+)", block)]
+    assert verbs and set(verbs) <= set(VERBS)
+
+
+def test_every_link_leads_to_a_file():
+    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
+    if not (README.parent / "docs").exists():
+        pytest.skip("needs the repository's docs folder")
+    assert links and all((README.parent / link).exists() for link in links)
