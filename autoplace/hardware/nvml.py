@@ -93,7 +93,8 @@ class NullNvml(Nvml):
 class ReplayNvml(Nvml):
     """A recording, replayed: each question gets the next recorded reading, and the last one is repeated.
 
-    Format: `{"format": "autoplace.nvml-replay/1", "gpus": [{...fields of GpuInfo, "power_w": [...], "energy_j": [...]}]}`.
+    Format: `{"format": "autoplace.nvml-replay/1", "gpus": [{"uuid": ..., "power_w": [...], "energy_j": [...]}]}`, each
+    GPU with the fields of `GpuInfo` and its readings, W and J, null for "does not tell".
     """
 
     def __init__(self, recording: Mapping[str, Any] | str | Path) -> None:
