@@ -161,7 +161,9 @@ class _Reader:
                     self.recorder.source(tensor_bytes(constant)) if isinstance(constant, torch.Tensor) else None
                 )
             elif node.op == "output":
-                return torch.fx.node.map_aggregate(node.args[0], lambda a: values.get(a) if _is_node(a) else None)
+                return torch.fx.node.map_aggregate(
+                    node.args[0], lambda a: values.get(a) if isinstance(a, torch.fx.Node) else None
+                )
         return None
 
     def _module_of(self, node: torch.fx.Node) -> str:

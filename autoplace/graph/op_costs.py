@@ -210,6 +210,7 @@ _FORMULAS: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], float]] = {
     "linear": _linear,
     "matmul": _linear,
     "grouped_mm": _grouped_matmul,
+    "grouped_mm_fallback": _grouped_matmul,
     "mv": _matrix_vector,
     "dot": _matrix_vector,
     "conv": _convolution,

@@ -1,0 +1,96 @@
+"""`ModuleTree`: the modules of a graph with their costs, and where to cut it. Knows only what `OpGraph.modules` says.
+
+A module with operations of its own is one that is called. A module without may be a mere container (`ModuleList`,
+`ModuleDict`) that no hook ever sees, and dividing a pure composition costs nothing; so such modules are transparent:
+they are never cut modules themselves, their children stand in for them.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoplace.graph.opgraph import OpGraph
+
+__all__ = ["ModuleTree", "op_cost"]
+
+_FLOPS_PER_BYTE = 8.0
+"""Weighs bytes against FLOPs in a cost without a device; the balance of a CPU core or a GPU is of this order."""
+
+_DOMINANT = 0.9
+"""A module is not divided when a leaf child would keep more than this share of it."""
+
+
+def op_cost(graph: OpGraph) -> NDArray[np.float64]:
+    """Return a device-free cost of every op, float64[N]: FLOPs plus 8 for each byte moved."""
+    return graph.flops + _FLOPS_PER_BYTE * graph.bytes_moved
+
+
+class ModuleTree:
+    """Costs and weights of all modules that own or contain ops, by path; "" is the root."""
+
+    def __init__(self, graph: OpGraph) -> None:
+        self.cost: dict[str, float] = {"": 0.0}
+        self.weight_bytes: dict[str, int] = {"": 0}
+        self.has_own_ops: set[str] = set(graph.modules)
+        self.children: dict[str, list[str]] = {"": []}
+        for path, cost, weight in zip(graph.modules, op_cost(graph), graph.weight_bytes, strict=True):
+            for prefix in prefixes(path):
+                if prefix not in self.cost:
+                    self.cost[prefix], self.weight_bytes[prefix], self.children[prefix] = 0.0, 0, []
+                    self.children[parent(prefix)].append(prefix)
+                self.cost[prefix] += float(cost)
+                self.weight_bytes[prefix] += int(weight)
+
+    def parts(self, path: str, least_cost: float) -> list[str]:
+        """Return the modules that a divided module falls into; cheap ones without weights are left to the glue."""
+        found: list[str] = []
+        for child in self.children[path]:
+            if child in self.has_own_ops:
+                if self.weight_bytes[child] or self.cost[child] >= least_cost:
+                    found.append(child)
+            else:
+                found += self.parts(child, least_cost)
+        return found
+
+    def cut(self, max_groups: int, min_cost_fraction: float) -> set[str]:
+        """Return an antichain of called modules, dividing the costliest module first.
+
+        Args:
+            max_groups: More modules than this are made only by a division that starts with half as many or fewer;
+                `coarsen` then merges neighbours.
+            min_cost_fraction: Modules cheaper than this part of the model are not divided.
+        """
+        least = min_cost_fraction * self.cost[""]
+        chosen = {""}
+        heap: list[tuple[float, str]] = [(-self.cost[""], "")]
+        while heap and max_groups > 1:
+            _, path = heapq.heappop(heap)
+            parts = self.parts(path, least / 8)
+            fits = len(chosen) - 1 + len(parts) <= max_groups or 2 * len(chosen) <= max_groups
+            if self.cost[path] < least or not fits or not self._worthwhile(path, parts):
+                continue
+            chosen.remove(path)
+            chosen.update(parts)
+            for part in parts:
+                heapq.heappush(heap, (-self.cost[part], part))
+        return chosen
+
+    def _worthwhile(self, path: str, parts: list[str]) -> bool:
+        if not parts:
+            return False
+        largest = max(parts, key=lambda part: self.cost[part])
+        return bool(self.children[largest]) or self.cost[largest] <= _DOMINANT * self.cost[path]
+
+
+def parent(path: str) -> str:
+    """Return the path of the enclosing module."""
+    return path.rpartition(".")[0]
+
+
+def prefixes(path: str) -> list[str]:
+    """Return a module path's ancestors and itself, the root first."""
+    parts = path.split(".") if path else []
+    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
