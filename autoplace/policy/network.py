@@ -39,7 +39,7 @@ class PolicyConfig:
         if self.feature_version != FEATURE_VERSION or self.num_features != NUM_FEATURES:
             raise PolicyError(
                 f"the policy was trained on features of version {self.feature_version} ({self.num_features} of them) "
-                f"and this autoplace has version {FEATURE_VERSION} ({NUM_FEATURES}); train it again with `autoplace train`"
+                f"and this autoplace has version {FEATURE_VERSION} ({NUM_FEATURES}); train it again"
             )
         if not 1 <= self.hidden <= 1024:
             raise PolicyError(f"a policy with hidden width {self.hidden} cannot be built; use 1 to 1024")

@@ -1,0 +1,295 @@
+"""`PlacementEnv`: placing a model as a Gymnasium environment. Knows problems and evaluators; no agent, no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from autoplace.errors import InfeasibleError, InputError
+from autoplace.graph.opgraph import OpGraph
+from autoplace.hardware.cluster import Cluster, Device, Link
+from autoplace.outcome import Evaluator, Outcome
+from autoplace.plan import Plan
+from autoplace.policy.features import FEATURE_LIMIT, NUM_FEATURES, PartialPlacement
+from autoplace.problem import Problem
+from autoplace.simulate.evaluator import SimulatedEvaluator
+
+from .reference import best_baseline
+
+__all__ = ["INFEASIBLE_REWARD", "PlacementEnv"]
+
+INFEASIBLE_REWARD = -5.0
+"""Sum of the rewards of an episode that ends without a feasible plan: as if it were e^5 = 148 times the reference."""
+MAX_PREPARED = 4096
+"""Problems whose tables, evaluator and reference are kept."""
+
+Sampler = Callable[[np.random.Generator], Problem]
+
+
+@dataclass(eq=False)
+class _Prepared:
+    """A problem and what an episode on it needs."""
+
+    problem: Problem
+    placement: PartialPlacement
+    evaluator: Evaluator
+    log_reference: float | None = field(default=None)
+
+
+class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
+    """Place a model's ops on devices, one co-location class a step.
+
+    ## Description
+    A `Problem` is an op graph, a cluster, every op's latency on every device and an objective J = latency^(1-w) *
+    energy^w (or steady-state time in place of latency). An episode builds one assignment. The classes come in
+    descending order of upward rank, producers before consumers. When the last class is placed, the evaluator, simulated
+    or measured, says what the plan costs.
+
+    ## Action Space
+    `Discrete(max_devices)`: the device of the current class, an index into `problem.cluster.devices`.
+    `action_masks()` returns bool[max_devices], true where the class can run, its memory fits, its neighbours can be
+    reached, and the rest can still be placed (`policy.partial.fill_mask` has the exact rule). Co-located ops move as
+    one. An action that the mask forbids ends the episode as infeasible.
+
+    ## Observation Space
+    `Box(-10, 10, (max_devices, F), float32)`: a row per device, then rows of zeros. Columns, all ratios, flags and log
+    ratios:
+
+    | columns | shape | min | max | meaning |
+    |---|---|---|---|---|
+    | 0 | (max_devices,) | 0 | 1 | the device exists |
+    | 1 | (max_devices,) | 0 | 1 | the mask allows it |
+    | 2-6 | (max_devices, 5) | -1 | 5 | hardware against this class: latency, slowness, energy, affinity of consumers |
+    | 7-17 | (max_devices, 11) | -10 | 10 | partial schedule: start, finish, path to the end, objective, transfers |
+    | 18-21 | (max_devices, 4) | 0 | 1 | neighbours on the device, and where the last class went |
+    | 22-26 | (max_devices, 5) | -10 | 10 | load of the device and of the links to it |
+    | 27-30 | (max_devices, 4) | -5 | 10 | memory left, links to the others |
+    | 31-41 | (max_devices, 11) | -5 | 8 | progress, and the class: criticality, weight, fan-in and fan-out |
+    | 42-53 | (max_devices, 12) | -5 | 8 | objective, semantics, size and shape of the problem |
+
+    `autoplace.policy.features.FEATURES` names every column. The last observation of an episode is all zeros.
+
+    ## Rewards
+    The sum of an episode's rewards is log(J_reference / J): 0 for a plan as good as the reference, log 2 for one twice
+    as good. With `shaping`, a step's reward is the fall of an optimistic guess at log J (`PartialPlacement.
+    log_estimate`); the last step pays the remainder, so that the sum stays exact. Without, all comes at the end. An
+    infeasible episode (no device allowed, a forbidden action, a plan that the evaluator finds infeasible) sums to
+    `INFEASIBLE_REWARD` = -5. Use a discount of 1.
+
+    ## Starting State
+    An empty placement of the next problem: drawn from the sequence by the environment's seeded generator, or by the
+    sampler from it. `reset(options={"problem": problem})` sets the problem of one episode.
+
+    ## Episode End
+    Termination after the last class, or when an episode turns infeasible. No truncation. The last step's `info` holds
+    `objective` (J; inf if infeasible), `log_ratio` (the sum of rewards), `feasible`, `reason`, `assignment` (int32[N])
+    and, where the evaluator returned one, `outcome`.
+
+    ## Arguments
+    - `problems`: a Problem, a sequence of them, or a sampler from a numpy Generator to a Problem. None = a small
+      example of three ops on two devices.
+    - `evaluator_factory`: Problem to Evaluator; default `SimulatedEvaluator`. `MeasuredEvaluator` gives real runs.
+    - `max_devices`: rows of the observation; problems with more devices are refused.
+    - `reference`: Problem to J_reference, in the evaluator's terms; default the best of single device, chunks, HEFT and
+      m-ETF, simulated (where none is feasible, an optimistic bound). Asked once per problem.
+    - `shaping`: whether rewards come on the way.
+
+    ```python
+    import gymnasium, autoplace.envs
+    env = gymnasium.make("autoplace/Placement-v0", problems=problem)
+    ```
+
+    ## Version History
+    - v0: first version (features of version 1)
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration
+
+    def __init__(
+        self,
+        problems: Problem | Sequence[Problem] | Sampler | None = None,
+        *,
+        evaluator_factory: Callable[[Problem], Evaluator] | None = None,
+        max_devices: int = 16,
+        reference: Callable[[Problem], float] | None = None,
+        shaping: bool = True,
+        render_mode: str | None = None,
+    ) -> None:
+        """Prepare the environment, see the class.
+
+        Raises:
+            InputError: If there is no problem.
+        """
+        if render_mode is not None:
+            raise InputError(f"render_mode {render_mode!r} is not offered; leave it out")
+        if problems is None:
+            problems = _example()
+        self._sampler = _sampler(problems)
+        self._factory = evaluator_factory or SimulatedEvaluator
+        self._reference = reference or _simulated_reference
+        self.max_devices = max_devices
+        self.shaping = shaping
+        self.action_space: spaces.Discrete = spaces.Discrete(max_devices)
+        self.observation_space = spaces.Box(-FEATURE_LIMIT, FEATURE_LIMIT, (max_devices, NUM_FEATURES), np.float32)
+        self._prepared: dict[int, _Prepared] = {}
+        self._current: _Prepared | None = None
+        self._paid = 0.0
+        self._start_estimate = 0.0
+
+    @property
+    def problem(self) -> Problem:
+        """The problem of this episode."""
+        return self._episode.problem
+
+    @property
+    def placement(self) -> PartialPlacement:
+        """The placement being built."""
+        return self._episode.placement
+
+    @property
+    def _episode(self) -> _Prepared:
+        if self._current is None:
+            raise InputError("the environment has no episode yet; call reset() first")
+        return self._current
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Return bool[max_devices], the devices allowed for the current class."""
+        mask = np.zeros(self.max_devices, np.bool_)
+        allowed = self.placement.mask
+        mask[: len(allowed)] = allowed
+        return mask
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            seed: Of the generator that draws problems.
+            options: `problem`: the Problem of this episode.
+
+        Raises:
+            InputError: If the problem has more devices than `max_devices`.
+        """
+        super().reset(seed=seed)
+        chosen = (options or {}).get("problem")
+        self._current = self._prepare(self._sampler(self.np_random) if chosen is None else chosen)
+        self.placement.reset()
+        self._paid = 0.0
+        self._start_estimate = self.placement.log_estimate
+        return self._observation(), {"problem": self.problem.name}
+
+    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Place the current class; see the class for rewards and info."""
+        placement, device = self.placement, int(action)
+        if placement.done:
+            raise InputError("the episode is over; call reset()")
+        if device >= len(placement.mask) or not placement.mask[device]:
+            reason = f"device {device} is not allowed at step {placement.step}"
+            return self._end(INFEASIBLE_REWARD, {"objective": math.inf, "feasible": False, "reason": reason})
+        placement.place(device)
+        if placement.done:
+            return self._end(*self._evaluate())
+        if placement.stuck:
+            names = self.problem.graph.names
+            reason = f"no device is left for op {names[int(placement.current_ops[0])]!r}"
+            return self._end(INFEASIBLE_REWARD, {"objective": math.inf, "feasible": False, "reason": reason})
+        reward = 0.0
+        if self.shaping:
+            reward = (self._start_estimate - placement.log_estimate) - self._paid
+            self._paid += reward
+        return self._observation(), reward, False, False, {}
+
+    def _observation(self) -> NDArray[np.float32]:
+        observation = np.zeros((self.max_devices, NUM_FEATURES), np.float32)
+        observation[: len(self.placement.features)] = self.placement.features
+        return observation
+
+    def _end(
+        self, log_ratio: float, info: dict[str, Any]
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Pay what is left of the episode's sum."""
+        empty = np.zeros((self.max_devices, NUM_FEATURES), np.float32)
+        info |= {"log_ratio": log_ratio, "assignment": self.placement.assignment.copy()}
+        info |= {"problem": self.problem.name}
+        return empty, log_ratio - self._paid, True, False, info
+
+    def _evaluate(self) -> tuple[float, dict[str, Any]]:
+        """Return log(J_reference / J) of the finished placement, and the last info."""
+        episode = self._episode
+        if isinstance(episode.evaluator, SimulatedEvaluator):
+            objective = float(episode.evaluator.score(self.placement.assignment)[0])
+            feasible = math.isfinite(objective)
+            info: dict[str, Any] = {"reason": "" if feasible else "the simulator finds it infeasible"}
+        else:
+            plan = Plan.from_assignment(self.problem, self.placement.assignment, strategy="learned")
+            outcome: Outcome = episode.evaluator.evaluate([plan])[0]
+            objective, feasible = outcome.objective, outcome.feasible and math.isfinite(outcome.objective)
+            info = {"reason": outcome.reason, "outcome": outcome}
+        info |= {"objective": objective if feasible else math.inf, "feasible": feasible}
+        if not feasible:
+            return INFEASIBLE_REWARD, info
+        if episode.log_reference is None:
+            episode.log_reference = math.log(max(self._reference(self.problem), 1e-12))
+        return episode.log_reference - math.log(max(objective, 1e-12)), info
+
+    def _prepare(self, problem: Problem) -> _Prepared:
+        """Return what an episode on the problem needs, made once per problem object."""
+        known = self._prepared.get(id(problem))
+        if known is not None:
+            return known
+        if problem.num_devices > self.max_devices:
+            raise InputError(
+                f"problem {problem.name!r} has {problem.num_devices} devices and the environment was made for "
+                f"{self.max_devices}; pass a larger max_devices"
+            )
+        if len(self._prepared) >= MAX_PREPARED:
+            self._prepared.pop(next(iter(self._prepared)))
+        prepared = _Prepared(problem, PartialPlacement(problem), self._factory(problem))
+        self._prepared[id(problem)] = prepared
+        return prepared
+
+
+def _simulated_reference(problem: Problem) -> float:
+    """Return J of the best baseline; where none is feasible, the optimistic guess at J of the empty placement."""
+    try:
+        return best_baseline(problem).objective
+    except InfeasibleError:
+        # The guess counts energy in mJ, J in joules.
+        millijoules = problem.objective.energy_weight * math.log(1000.0)
+        return math.exp(PartialPlacement(problem).log_estimate - millijoules)
+
+
+def _sampler(problems: Problem | Sequence[Problem] | Sampler) -> Sampler:
+    if isinstance(problems, Problem):
+        return lambda generator: problems
+    if callable(problems):
+        return problems
+    fixed = tuple(problems)
+    if not fixed:
+        raise InputError("the environment needs at least one problem")
+    return lambda generator: fixed[int(generator.integers(len(fixed)))]
+
+
+def _example() -> Problem:
+    """Return three ops in a row on two devices, of which each is the fast one for some op."""
+    graph = OpGraph.build(
+        names=("embed", "attention", "head"),
+        edges=[(0, [1], 4096.0), (1, [2], 4096.0)],
+        weight_bytes=[1000, 2000, 4000],
+        activation_bytes=[64, 64, 64],
+    )
+    devices = (
+        Device(name="host0/cuda:0", kind="cuda", memory_bytes=6000, idle_watts=60, busy_watts=300),
+        Device(name="host0/cpu:0", kind="cpu", memory_bytes=8000, idle_watts=20, busy_watts=90),
+    )
+    cluster = Cluster(devices=devices, default_link=Link(latency_ms=0.02, bytes_per_ms=1e6))
+    latency = np.asarray([[0.4, 0.1], [0.5, 2.0], [1.0, 1.5]])
+    return Problem(graph=graph, cluster=cluster, latency_ms=latency, name="three-ops")

@@ -1,0 +1,55 @@
+"""`best_baseline`: the best non-learned placement of a problem, which rewards are measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoplace.errors import InfeasibleError
+from autoplace.problem import Problem
+from autoplace.strategies._base import Budget
+from autoplace.strategies._search import Placer, Scorer
+from autoplace.strategies.chunks import ChunksStrategy
+from autoplace.strategies.heft import HeftStrategy
+from autoplace.strategies.metf import MetfStrategy
+from autoplace.strategies.single import SingleStrategy
+
+__all__ = ["Baseline", "best_baseline", "constructive_baselines"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Baseline:
+    """A placement that no learning was needed for."""
+
+    strategy: str
+    assignment: NDArray[np.int32]
+    """int32[N]."""
+    objective: float
+    """J of the simulator."""
+
+
+def constructive_baselines(problem: Problem) -> list[Baseline]:
+    """Return the best placement of each of single device, chunks, HEFT and m-ETF, best first; simulated."""
+    scorer = Scorer(problem, Budget().start())
+    strategies: tuple[Placer, ...] = (SingleStrategy(), ChunksStrategy(), HeftStrategy(), MetfStrategy())
+    found = []
+    for strategy in strategies:
+        for value, assignment in strategy.search(scorer, seed=0)[:1]:
+            found.append(Baseline(strategy=strategy.name, assignment=assignment, objective=value))
+    return sorted(found, key=lambda b: b.objective)
+
+
+def best_baseline(problem: Problem) -> Baseline:
+    """Return the best of → `constructive_baselines`.
+
+    Raises:
+        InfeasibleError: If none of them finds a feasible placement.
+    """
+    found = constructive_baselines(problem)
+    if not found:
+        raise InfeasibleError(
+            f"no baseline finds a placement of {problem.name!r}; give the devices more memory or links"
+        )
+    return found[0]
