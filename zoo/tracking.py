@@ -7,10 +7,11 @@ batches. A store that fails costs one warning; the user's work goes on, and `aut
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,12 @@ from autoplace.records import RecordLog, plain_json, read_records, start_run_log
 
 from ._client import (
     default_tracking_uri,
+    ensure_experiment,
     ensure_store,
     is_server,
+    open_client,
     public_uri,
+    quiet_mlflow,
     resolve_tracking_uri,
 )
 from ._delivery import Delivery, kept_files
@@ -35,9 +39,13 @@ __all__ = [
     "RunTracker",
     "default_tracking_uri",
     "ensure_store",
+    "experiments",
+    "is_server",
+    "public_uri",
     "resolve_tracking_uri",
     "sync_command",
     "track_run",
+    "ui_command",
 ]
 
 RECORDS_PER_FLUSH = 100
@@ -81,12 +89,12 @@ class RunTracker:
         return self._delivery.state.run_id or None
 
     @property
-    def url(self) -> str | None:
-        """Address of the run in a tracking server's UI; None for a local store, which `autoplace ui` serves."""
-        state = self._delivery.state
+    def url(self) -> str:
+        """Address of the run in a tracking server's UI; else the store's own, which `autoplace ui` serves."""
+        state, store = self._delivery.state, public_uri(self.tracking_uri)
         if not state.run_id or not is_server(self.tracking_uri):
-            return None
-        return f"{public_uri(self.tracking_uri)}/#/experiments/{state.experiment_id}/runs/{state.run_id}"
+            return store
+        return f"{store}/#/experiments/{state.experiment_id}/runs/{state.run_id}"
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log what the run was asked to do; MLflow keeps the first value of each name."""
@@ -221,10 +229,36 @@ def track_run(
     tracker.end()
 
 
-def sync_command(uri: str) -> str:
-    """Return the command that delivers to `uri` what it missed."""
+def sync_command(uri: str | None = None) -> str:
+    """Return the command that delivers to the store what it missed; `uri` as given by the user, or resolved."""
+    return _command("autoplace sync", uri)
+
+
+def ui_command(uri: str | None = None) -> str:
+    """Return the command that opens the UI on the store; `uri` as given by the user, or resolved."""
+    return _command("autoplace ui", uri)
+
+
+def experiments(uri: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (name, id) of experiments, created at need, those with the latest run first.
+
+    Raises:
+        TrackingError: If the store cannot be created or opened; a server that fails raises MLflow's own errors.
+    """
+    client = open_client(uri)
+    found = []
+    with quiet_mlflow():
+        for name in names:
+            number = ensure_experiment(client, uri, name)
+            runs = client.search_runs([number], order_by=["attributes.start_time DESC"], max_results=1)
+            found.append((runs[0].info.start_time if runs else 0, name, number))
+    return [(name, number) for _, name, number in sorted(found, key=lambda entry: -entry[0])]
+
+
+def _command(verb: str, uri: str | None) -> str:
+    """Return the verb, with the URI only where it is not what the command would find itself."""
     try:
-        usual = uri == resolve_tracking_uri()
+        resolved, usual = resolve_tracking_uri(uri), resolve_tracking_uri()
     except TrackingError:
-        usual = False
-    return "autoplace sync" if usual else f"autoplace sync --tracking-uri {public_uri(uri)}"
+        resolved, usual = str(uri), ""
+    return verb if resolved == usual else f"{verb} --tracking-uri {shlex.quote(public_uri(resolved))}"
