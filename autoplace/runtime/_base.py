@@ -42,7 +42,7 @@ class Executor(ABC):
         """Return device name to busy milliseconds since the last call of this method."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an executor without threads has nothing to end
         """End the executor's threads and undo its hooks; calling it twice does nothing more."""
 
     def __enter__(self) -> Executor:

@@ -6,8 +6,8 @@ nothing of models and plans.
 1. OpenMP's thread count belongs to the calling thread, and the threads of its pool inherit the affinity that the thread
    has when they are made: a worker therefore pins itself before its first operation. `torch.set_num_threads` also sets
    the process-wide count that later threads start with; the creator puts that back.
-2. A hand-over costs 8 us there and back between idle threads [measured: 2-core Xeon VM, `queue.SimpleQueue` and
-   `concurrent.futures.Future`; a bare lock needs 6 us].
+2. A hand-over costs 8 us there and back on one core and 70 us to an idle core [measured: 2-core Xeon VM,
+   `queue.SimpleQueue` and `concurrent.futures.Future`; a bare lock saves 2 us].
 3. Worker threads are daemons: a task that never returns is left behind and does not keep the process alive.
 """
 
@@ -20,12 +20,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from autoplace.errors import ExecutionError
 from autoplace.hardware.cluster import Device
+
+from .streams import Streams, mark_events, wait_events
 
 __all__ = ["DeviceWorker", "Ledger", "TaskThread", "torch_device"]
 
@@ -112,6 +115,15 @@ class _Modes:
             return fn()
 
 
+@dataclass(slots=True)
+class _Task:
+    future: Future
+    fn: Callable[[], Any]
+    modes: _Modes
+    ledger: Ledger | None
+    events: list[torch.cuda.Event]
+
+
 class TaskThread:
     """A daemon thread that runs tasks one at a time, in the order of submission.
 
@@ -119,17 +131,26 @@ class TaskThread:
         name: Name of the thread, for debuggers.
         threads: Intra-op threads of the operations it runs; None = what the process uses.
         cores: CPU ids to stay on; empty = wherever the process may run.
+        device: The torch device of its operations; None when it has none of its own.
     """
 
-    def __init__(self, name: str, *, threads: int | None = None, cores: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        threads: int | None = None,
+        cores: Sequence[int] = (),
+        device: torch.device | None = None,
+    ) -> None:
         self.name = name
         self.cores = tuple(cores)
         self.threads = threads
-        self._queue: queue.SimpleQueue[tuple[Future, Callable[[], Any], _Modes, Ledger | None] | None] = (
-            queue.SimpleQueue()
-        )
+        self.torch_device = device
+        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._ledger = Ledger()
+        self._streams = Streams()
         self._closed = False
+        self._lock = threading.Lock()
         ready: Future[None] = Future()
         before = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, args=(ready,), name=name, daemon=True)
@@ -151,17 +172,25 @@ class TaskThread:
         Raises:
             ExecutionError: If the worker is closed.
         """
-        if self._closed:
-            raise ExecutionError(f"the worker {self.name!r} is closed; build the executor again")
-        future: Future[T] = Future()
-        self._queue.put((future, self._wrap(fn), _Modes(), ledger))
-        return future
+        task = _Task(Future(), fn, _Modes(), ledger, mark_events())
+        with self._lock:
+            if self._closed:
+                raise ExecutionError(f"the worker {self.name!r} is closed; build the executor again")
+            self._queue.put(task)
+        return task.future
+
+    @staticmethod
+    def wait(future: Future[T]) -> T:
+        """Return a task's result, with the caller's CUDA streams ordered behind the task; raise what it raised."""
+        result = future.result()
+        wait_events(getattr(future, "events", ()))
+        return result
 
     def run(self, fn: Callable[[], T], ledger: Ledger | None = None) -> T:
         """Run a task and wait for its result; in the worker's own thread, run it at once."""
         if threading.current_thread() is self._thread:
             return fn()
-        return self.submit(fn, ledger).result()
+        return self.wait(self.submit(fn, ledger))
 
     def busy_ms(self) -> float:
         """Return the milliseconds spent in tasks since the last call."""
@@ -174,12 +203,10 @@ class TaskThread:
 
     def close(self) -> None:
         """End the thread once the queued tasks are done; calling it twice does nothing more."""
-        if not self._closed:
-            self._closed = True
-            self._queue.put(None)
-
-    def _wrap(self, fn: Callable[[], T]) -> Callable[[], T]:
-        return fn
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
 
     def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger]) -> T:
         start = time.perf_counter()
@@ -201,16 +228,20 @@ class TaskThread:
             ready.set_exception(ExecutionError(f"cannot pin {self.name!r} to cores {self.cores}: {error}"))
             return
         ready.set_result(None)
-        while (item := self._queue.get()) is not None:
-            self._run_one(*item)
-            del item  # tensors in the task must not live until the next one
+        while (task := self._queue.get()) is not None:
+            self._run_one(task)
+            del task  # its tensors must not live until the next one
 
-    def _run_one(self, future: Future[T], fn: Callable[[], T], modes: _Modes, ledger: Ledger | None) -> None:
+    def _run_one(self, task: _Task) -> None:
+        future = task.future
         if not future.set_running_or_notify_cancel():
             return
-        ledgers = [self._ledger] if ledger is None else [self._ledger, ledger]
+        ledgers = [self._ledger] if task.ledger is None else [self._ledger, task.ledger]
         try:
-            result = self._account(lambda: modes.run(fn), ledgers)
+            with self._streams.current(self.torch_device):
+                wait_events(task.events)
+                result = self._account(lambda: task.modes.run(task.fn), ledgers)
+                future.events = mark_events()  # type: ignore[attr-defined]
         except BaseException as error:  # whatever it is belongs to the submitter
             future.set_exception(error)
         else:
@@ -232,11 +263,12 @@ class DeviceWorker(TaskThread):
 
     def __init__(self, device: Device, threads: int | None = None, host_cores: Sequence[int] = ()) -> None:
         self.device = device
-        self.torch_device = torch_device(device)
-        self.stream: torch.cuda.Stream | None = None
-        if self.torch_device.type == "cuda":
-            self.stream = torch.cuda.Stream(self.torch_device)
-            super().__init__(device.name, threads=1)
+        place = torch_device(device)
+        self.wide = False
+        """Whether it may use all cores of its host."""
+        if place.type == "cuda":
+            torch.cuda.init()
+            super().__init__(device.name, threads=1, device=place)
             return
         available = os.sched_getaffinity(0)
         own = sorted(available & set(device.cores)) if device.cores else sorted(available)
@@ -246,33 +278,18 @@ class DeviceWorker(TaskThread):
             )
         count = len(own) if threads is None else threads
         self.wide = count > len(own)
-        """Whether it may use all cores of its host."""
         cores = sorted(available & set(host_cores)) or sorted(available) if self.wide else own
-        super().__init__(device.name, threads=count, cores=cores)
-
-    def _wrap(self, fn: Callable[[], T]) -> Callable[[], T]:
-        stream = self.stream
-        if stream is None:
-            return fn
-        # What the submitter has queued on its streams comes before the task, wherever its tensors live.
-        before = [torch.cuda.current_stream(i).record_event() for i in range(torch.cuda.device_count())]
-
-        def on_stream() -> T:
-            with torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
-                for event in before:
-                    stream.wait_event(event)
-                return fn()
-
-        return on_stream
+        super().__init__(device.name, threads=count, cores=cores, device=place)
 
     def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger]) -> T:
-        if self.stream is None:
+        if self.torch_device is None or self.torch_device.type == "cpu":
             return super()._account(fn, ledgers)
+        stream = torch.cuda.current_stream(self.torch_device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record(self.stream)
+        start.record(stream)
         try:
             return fn()
         finally:
-            end.record(self.stream)
+            end.record(stream)
             for ledger in ledgers:
                 ledger.add_events(self.name, start, end)

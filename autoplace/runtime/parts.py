@@ -1,0 +1,171 @@
+"""The engine under the single-device, replicas and stages executors: a pass as parts that run at the same time.
+
+A part is one microbatch of one replica. A replica that lies wholly on one device has its parts run by that device's
+worker. A replica over several devices has each part's call of the model made by a control thread, which sends the calls
+of the placed modules to their devices and waits; several parts keep several devices busy (a pipeline, first come first
+served at each device). A pass of one part is made by the caller's own thread.
+
+The code between placed modules runs in the control threads: on one intra-op thread each, and on no device's account.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from autoplace.errors import ExecutionError
+from autoplace.hardware.cluster import Cluster
+from autoplace.plan import Plan
+
+from . import routing
+from ._base import Executor
+from .batch import batch_size, part_sizes
+from .segments import wait_all
+from .sites import PRECISIONS, Call, Rows, Site, finish
+from .worker import DeviceWorker, Ledger, TaskThread
+
+__all__ = ["PartsExecutor"]
+
+
+class PartsExecutor(Executor):
+    """Runs a pass as parts on the plan's devices.
+
+    Args:
+        model: The model; its modules run themselves.
+        plan: A plan with at least one replica.
+        cluster: Where the plan's devices are described.
+
+    Raises:
+        ExecutionError: If the plan does not fit the model, the cluster or this machine.
+    """
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, cluster: Cluster) -> None:
+        super().__init__(model, plan, cluster)
+        if plan.shape not in self.shapes:
+            raise ExecutionError(
+                f"{type(self).__name__} runs plans of shape {', '.join(self.shapes)}, not {plan.shape!r}; "
+                "let build_executor choose"
+            )
+        if plan.precision not in PRECISIONS:
+            raise ExecutionError(f"precision {plan.precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+        replicas = [routing.resolve(model, replica.assignment, cluster) for replica in plan.replicas]
+        self._targets = [{id(target.module): target for target in targets} for targets in replicas]
+        self._ledger = Ledger()
+        self._controls: list[Site] = []
+        self._sites: dict[str, Site] = {}
+        self._workers: dict[str, DeviceWorker] = {}
+        self._gated: list[torch.nn.Module] = []
+        self._closed = False
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            self._start_workers()
+            for target in [t for targets in self._targets if not self._whole(targets) for t in targets.values()]:
+                routing.install(target.module)
+                self._gated.append(target.module)
+            stack.pop_all()
+
+    def _start_workers(self) -> None:
+        devices = {device.name: device for device in self.cluster.devices}
+        used = dict.fromkeys(d for targets in self._targets for t in targets.values() for d in t.calls.values())
+        if len({devices[name].host for name in used}) > 1:
+            raise ExecutionError(
+                "the plan uses devices of more than one host; one process runs the devices of one host"
+            )
+        for name in used:
+            device = devices[name]
+            host_cores = [c for d in self.cluster.devices if d.host == device.host for c in d.cores]
+            worker = DeviceWorker(device, self.plan.threads.get(name), host_cores)
+            self._workers[name] = worker
+            self._sites[name] = Site(worker, self._ledger, precision=self.plan.precision, compiled=self.plan.compiled)
+
+    def _whole(self, targets: Mapping[int, routing.Target]) -> str | None:
+        """Return the one device of a replica that lies wholly on it."""
+        target = targets.get(id(self.model))
+        return None if target is None or len(set(target.calls.values())) > 1 else target.device(0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass; see `Executor.__call__`."""
+        if self._closed:
+            raise ExecutionError("this executor is closed; build it again")
+        whole = [self._whole(targets) for targets in self._targets]
+        if len(self._targets) == 1 and self.plan.microbatches == 1 and whole[0] is None:
+            with routing.routed(self._targets[0], self._dispatch):
+                return self.model(*args, **kwargs)
+        call = Call(self.model, self.model, args, kwargs)
+        if len(self._targets) == 1 and self.plan.microbatches == 1:
+            site = self._sites[whole[0] or ""]
+            return finish(call, wait_all([site.start(call)]))
+        return self._run_parts(call, whole)
+
+    def _run_parts(self, call: Call, whole: list[str | None]) -> Any:
+        batch = batch_size(call.tree.leaves)
+        batched = [isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == batch for x in call.tree.leaves]
+        futures, sizes, start = [], [], 0
+        rows: list[Rows] = []
+        for number, (replica, size) in enumerate(part_sizes(self.plan, batch)):
+            rows = [(start, size) if split else None for split in batched]
+            device = whole[replica]
+            if device is not None:
+                futures.append(self._sites[device].start(call, rows))
+            else:
+                part = copy.copy(call)
+                part.function = self._routed(replica)
+                futures.append(self._control(number).start(part, rows))
+            sizes.append(size)
+            start += size
+        return finish(call, wait_all(futures), sizes, rows)
+
+    def _routed(self, replica: int) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with routing.routed(self._targets[replica], self._dispatch):
+                return self.model(*args, **kwargs)
+
+        return run
+
+    def _control(self, number: int) -> Site:
+        while len(self._controls) <= number:
+            self._controls.append(Site(TaskThread(f"part {len(self._controls)}", threads=1)))
+        return self._controls[number]
+
+    def _dispatch(
+        self,
+        device: str,
+        module: torch.nn.Module,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        call = Call(module, function, args, kwargs)
+        return finish(call, wait_all([self._sites[device].start(call)]))
+
+    def busy_ms(self) -> dict[str, float]:
+        """Return device name to busy milliseconds since the last call.
+
+        A worker that may use all cores of its host keeps all its core groups busy, by the part of the cores that its
+        threads can fill.
+        """
+        busy = dict.fromkeys(self._workers, 0.0)
+        for name, busy_ms in self._ledger.take().items():
+            worker = self._workers[name]
+            if not worker.wide:
+                busy[name] = busy.get(name, 0.0) + busy_ms
+                continue
+            filled = min(1.0, (worker.threads or 1) / max(1, len(worker.cores)))
+            for device in self.cluster.devices:
+                if device.kind == "cpu" and device.host == worker.device.host:
+                    busy[device.name] = busy.get(device.name, 0.0) + busy_ms * filled
+        return busy
+
+    def close(self) -> None:
+        """End the threads and take the gates out; calling it twice does nothing more."""
+        if self._closed:
+            return
+        self._closed = True
+        for module in self._gated:
+            routing.remove(module)
+        for site in [*self._sites.values(), *self._controls]:
+            site.thread.close()
