@@ -1,7 +1,8 @@
-"""The simulator's view of a problem, as flat arrays, and the memory that its kernels work in.
+"""The simulator's view of a problem: a handful of flat record arrays that the kernels read and write.
 
-Built once per problem; the kernels allocate nothing. Node D, one past the last device, stands for host memory, which
-only `route: host` uses. Named tuples, because numba compiles them as they are.
+Built once per problem; the kernels allocate nothing. One record holds all that concerns one op, device or tensor, both
+what is given and what a run fills in, so that a step touches few cache lines. Node D, one past the last device, stands
+for host memory, which only `route: host` uses.
 
 A pass that is split into microbatches is the graph repeated (→ `expand`): the kernels then see M ops, and `source` maps
 each to the op of the unsplit graph whose device it shares.
@@ -18,134 +19,90 @@ from autoplace.errors import InputError
 from autoplace.hardware.cluster import Cluster
 from autoplace.problem import Problem
 
-__all__ = ["Arrays", "Workspace", "build_arrays", "build_workspace"]
+__all__ = ["Arrays", "build_arrays", "link_matrices"]
+
+RULES = np.dtype(
+    [("throughput", "?"), ("blocking", "?"), ("host", "?"), ("contended", "?"), ("priority", "?"), ("any_frees", "?"),
+     ("may_not_talk", "?"), ("energy_weight", "f8"), ("finished", "i8"), ("waiting", "i8"), ("lines", "i8")],
+    align=True,
+)  # fmt: skip
+"""Semantics and objective; `may_not_talk` says that some pair of nodes has no link. Then the counters of a run."""
+
+OPS = np.dtype(
+    [("source", "i4"), ("num_inputs", "i4"), ("num_uses", "i4"), ("first_output", "i4"), ("first_input", "i4"),
+     ("last_output", "i4"), ("last_input", "i4"), ("frees", "?"), ("weight_bytes", "f8"), ("activation_bytes", "f8"),
+     ("device", "i4"), ("missing", "i4"), ("uses_left", "i4"), ("ready_ms", "f8"), ("start_ms", "f8"),
+     ("finish_ms", "f8"), ("rank_ms", "f8")],
+    align=True,
+)  # fmt: skip
+"""Given: ranges into `outputs` and `inputs`, (tensor, consumer) pairs in and out. Filled: from `device` on."""
+
+DEVICES = np.dtype(
+    [("stays", "?"), ("memory_bytes", "f8"), ("idle_watts", "f8"), ("extra_watts", "f8"),
+     ("queue_base", "i4"), ("queue_size", "i4"), ("urgent_size", "i4"), ("leg_size", "i4"), ("running", "i4"),
+     ("leg_running", "i4"), ("stamp", "i4"), ("held", "?"), ("until_ms", "f8"), ("leg_until_ms", "f8"),
+     ("arrival_ms", "f8"), ("busy_ms", "f8"), ("held_bytes", "f8"), ("peak_bytes", "f8")],
+    align=True,
+)  # fmt: skip
+"""Given: `stays` = of kind `cpu` under `route: host`; busy less idle watts; NaN watts when unknown.
+
+Filled: heap sizes; the op that runs, or what transfer, and until when; the leg that its link from host memory carries;
+the last tensor sent there and when it arrives; whether a waiting transfer holds it.
+"""
+
+TENSORS = np.dtype([("producer", "i4"), ("first", "i4"), ("last", "i4"), ("bytes", "f8")], align=True)
+"""`first` and `last` are a range into `consumers`."""
+
+LINKS = np.dtype([("latency_ms", "f8"), ("ms_per_byte", "f8"), ("free_ms", "f8")], align=True)
+"""`free_ms` = when the link is free again, or its load where only loads are asked for."""
+
+HEAP = np.dtype([("key", "f8"), ("item", "i4")], align=True)
+"""Ordered by (key, item)."""
+
+WAITS = np.dtype([("request_ms", "f8"), ("tensor", "i4"), ("target", "i4")], align=True)
+LOG = np.dtype([("tensor", "i4"), ("source", "i4"), ("target", "i4"), ("start_ms", "f8"), ("end_ms", "f8")], align=True)
 
 
 class Arrays(NamedTuple):
-    """What the kernels read. M ops, T tensors, C (tensor, consumer) pairs, D devices, N ops of the unsplit graph."""
+    """All that the kernels work on. M ops, T tensors, C (tensor, consumer) pairs, D devices, N unsplit ops.
 
-    source: NDArray[np.int32]
-    """int32[M], op of the unsplit graph, the index into an assignment."""
+    Two threads must not share one.
+    """
+
     can_run: NDArray[np.bool_]
     """bool[N, D]."""
     colocate_first: NDArray[np.int32]
     """int32[N], first op of the same co-location group; itself when free."""
     latency_ms: NDArray[np.float64]
     """float64[M, D]."""
-    weight_bytes: NDArray[np.float64]
-    """float64[M]."""
-    activation_bytes: NDArray[np.float64]
-    """float64[M]."""
-    frees: NDArray[np.bool_]
-    """bool[M]."""
     order: NDArray[np.int32]
     """int32[M], a topological order."""
-    num_inputs: NDArray[np.int32]
-    """int32[M], (tensor, consumer) pairs of which the op is the consumer."""
-    num_uses: NDArray[np.int32]
-    """int32[M], (tensor, consumer) pairs of which the op is the producer."""
-    output_offsets: NDArray[np.int32]
-    """int32[M + 1] into `outputs`."""
     outputs: NDArray[np.int32]
     """int32[T], tensors by producer, ascending within it."""
-    input_offsets: NDArray[np.int32]
-    """int32[M + 1] into `inputs`."""
     inputs: NDArray[np.int32]
     """int32[C], producers by consumer."""
-    producer: NDArray[np.int32]
-    """int32[T]."""
-    tensor_bytes: NDArray[np.float64]
-    """float64[T]."""
-    consumer_offsets: NDArray[np.int32]
-    """int32[T + 1] into `consumers`."""
     consumers: NDArray[np.int32]
-    """int32[C]."""
-    link_ms: NDArray[np.float64]
-    """float64[D + 1, D + 1], latency; inf where a pair cannot talk."""
-    ms_per_byte: NDArray[np.float64]
-    """float64[D + 1, D + 1]."""
-    stays: NDArray[np.bool_]
-    """bool[D], kind `cpu`: its memory is the host's, so `route: host` costs it nothing."""
-    memory_bytes: NDArray[np.float64]
-    """float64[D]."""
-    idle_watts: NDArray[np.float64]
-    """float64[D]; NaN when unknown."""
-    extra_watts: NDArray[np.float64]
-    """float64[D], busy less idle watts; NaN when unknown."""
-    energy_weight: float
-    throughput: bool
-    blocking: bool
-    host: bool
-    contended: bool
-    priority: bool
-    any_frees: bool
-    may_not_talk: bool
-    """Whether some pair of nodes cannot talk, so that every plan must be looked at for it."""
-
-
-class Workspace(NamedTuple):
-    """What the kernels write. One per evaluator: two threads must not share it."""
-
-    device: NDArray[np.int32]
-    """int32[M], device of every op."""
-    missing: NDArray[np.int32]
-    """int32[M], inputs not yet arrived."""
-    uses_left: NDArray[np.int32]
-    """int32[M], consumers not yet finished."""
-    ready_ms: NDArray[np.float64]
-    start_ms: NDArray[np.float64]
-    finish_ms: NDArray[np.float64]
-    rank_ms: NDArray[np.float64]
-    """float64[M] each."""
-    queue_base: NDArray[np.int32]
-    """int32[D], where each device's part of the queues begins."""
-    queue_size: NDArray[np.int32]
-    queue_key: NDArray[np.float64]
-    queue_op: NDArray[np.int32]
-    """Heaps of ops by (ready time, op)."""
-    urgent_size: NDArray[np.int32]
-    urgent_key: NDArray[np.float64]
-    urgent_op: NDArray[np.int32]
-    """Heaps of ops that are ready by (- longest path, op); used by `queue: priority`."""
-    running: NDArray[np.int32]
-    """int32[D], the op on each device; IDLE, SENDING, or RECEIVING less a tensor's index."""
-    until_ms: NDArray[np.float64]
-    """float64[D], when what runs ends; inf when idle."""
-    leg_size: NDArray[np.int32]
-    leg_key: NDArray[np.float64]
-    leg_tensor: NDArray[np.int32]
-    """Heaps of transfer legs that wait, [D, T], by (request time, tensor); used by `route: host`."""
-    leg_running: NDArray[np.int32]
-    leg_until_ms: NDArray[np.float64]
-    """[D], the leg that the link from the host's memory carries."""
-    wait_ms: NDArray[np.float64]
-    wait_tensor: NDArray[np.int32]
-    wait_target: NDArray[np.int32]
-    """[C], direct transfers that wait for two devices, by (request time, tensor, target)."""
-    held: NDArray[np.bool_]
-    """bool[D], whether a waiting transfer keeps the device from its ops."""
-    link_free_ms: NDArray[np.float64]
-    """float64[D + 1, D + 1], when each link is free again; the link's load in the throughput kernel."""
-    stamp: NDArray[np.int32]
-    """int32[D], the last tensor sent to each device."""
-    arrival_ms: NDArray[np.float64]
-    """float64[D], when that tensor arrives."""
-    busy_ms: NDArray[np.float64]
-    held_bytes: NDArray[np.float64]
-    peak_bytes: NDArray[np.float64]
-    """float64[D] each."""
-    counters: NDArray[np.int64]
-    """int64[3]: waiting transfers, finished ops, lines in the log."""
-    log_ends: NDArray[np.int32]
-    """int32[L, 3]: tensor, source node, target node of every transfer; L = 0 keeps no log."""
-    log_ms: NDArray[np.float64]
-    """float64[L, 2]: start and end."""
-
-
-def _offsets(keys: NDArray[np.int32], count: int) -> NDArray[np.int32]:
-    offsets = np.zeros(count + 1, np.int32)
-    np.cumsum(np.bincount(keys, minlength=count), out=offsets[1:])
-    return offsets
+    """int32[C], by tensor."""
+    rules: NDArray[np.void]
+    """RULES[1]."""
+    ops: NDArray[np.void]
+    """OPS[M]."""
+    devices: NDArray[np.void]
+    """DEVICES[D]."""
+    tensors: NDArray[np.void]
+    """TENSORS[T]."""
+    links: NDArray[np.void]
+    """LINKS[D + 1, D + 1], row = source."""
+    queue: NDArray[np.void]
+    """HEAP[M]: per device, from `queue_base` on, ops by (ready time, op)."""
+    urgent: NDArray[np.void]
+    """HEAP[M]: per device, ready ops by (- longest path, op); empty unless `queue: priority`."""
+    legs: NDArray[np.void]
+    """HEAP[D, T]: transfer legs that wait, by (request time, tensor); empty unless `route: host`."""
+    waits: NDArray[np.void]
+    """WAITS[C]: blocking transfers that wait, by (request time, tensor, target)."""
+    log: NDArray[np.void]
+    """LOG[L]: a line per transfer or leg; L = 0 keeps none."""
 
 
 def link_matrices(cluster: Cluster, *, host: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -177,6 +134,63 @@ def link_matrices(cluster: Cluster, *, host: bool) -> tuple[NDArray[np.float64],
     return latency, per_byte
 
 
+def _ranges(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return how often each key below `count` occurs, and where its range begins and ends when sorted."""
+    sizes = np.bincount(keys, minlength=count)
+    ends = np.cumsum(sizes)
+    return sizes, ends - sizes, ends
+
+
+def _rules(problem: Problem, links: NDArray[np.float64]) -> NDArray[np.void]:
+    semantics, rules = problem.semantics, np.zeros(1, RULES)
+    rules["throughput"] = problem.objective.goal == "throughput"
+    rules["energy_weight"] = problem.objective.energy_weight
+    rules["blocking"] = semantics.transfers == "blocking"
+    rules["host"] = semantics.route == "host"
+    rules["contended"] = semantics.contention == "link"
+    rules["priority"] = semantics.queue == "priority"
+    rules["any_frees"] = problem.graph.frees.any()
+    rules["may_not_talk"] = np.isinf(links[:-1, -1] + links[-1, :-1] if rules["host"][0] else links[:-1, :-1]).any()
+    return rules
+
+
+def _devices(problem: Problem) -> NDArray[np.void]:
+    cluster, nan = problem.cluster, float("nan")
+    devices = np.zeros(cluster.num_devices, DEVICES)
+    devices["stays"] = [problem.semantics.route == "host" and d.kind == "cpu" for d in cluster.devices]
+    devices["memory_bytes"] = [d.memory_bytes for d in cluster.devices]
+    devices["idle_watts"] = [nan if d.idle_watts is None else d.idle_watts for d in cluster.devices]
+    devices["extra_watts"] = [nan if d.busy_watts is None else d.busy_watts for d in cluster.devices]
+    devices["extra_watts"] -= devices["idle_watts"]
+    silent = np.flatnonzero(np.isnan(devices["extra_watts"]))
+    if problem.objective.energy_weight > 0 and len(silent):
+        raise InputError(
+            f"the objective weighs energy and device {cluster.devices[silent[0]].name!r} does not state its watts; "
+            "add idle_watts and busy_watts"
+        )
+    return devices
+
+
+def _ops(problem: Problem, source: NDArray[np.int32]) -> NDArray[np.void]:
+    graph, edges = problem.graph, problem.graph.edge_list
+    ops = np.zeros(graph.num_ops, OPS)
+    ops["source"] = source
+    ops["weight_bytes"], ops["activation_bytes"] = graph.weight_bytes, graph.activation_bytes
+    ops["frees"] = graph.frees
+    ops["num_inputs"], ops["first_input"], ops["last_input"] = _ranges(edges[:, 1], graph.num_ops)
+    ops["num_uses"] = _ranges(edges[:, 0], graph.num_ops)[0]
+    _, ops["first_output"], ops["last_output"] = _ranges(graph.tensor_producer, graph.num_ops)
+    return ops
+
+
+def _first_of_group(groups: NDArray[np.int32]) -> NDArray[np.int32]:
+    first = np.arange(len(groups), dtype=np.int32)
+    if (groups >= 0).any():
+        _, index, inverse = np.unique(groups, return_index=True, return_inverse=True)
+        first = np.where(groups >= 0, index[inverse], first).astype(np.int32)
+    return first
+
+
 def build_arrays(problem: Problem, base: Problem, source: NDArray[np.int32]) -> Arrays:
     """Lay out a problem for the kernels.
 
@@ -188,87 +202,36 @@ def build_arrays(problem: Problem, base: Problem, source: NDArray[np.int32]) -> 
     Raises:
         InputError: If energy counts and a device states no watts.
     """
-    graph, cluster, semantics = problem.graph, problem.cluster, problem.semantics
-    host = semantics.route == "host"
-    link_ms, ms_per_byte = link_matrices(cluster, host=host)
-    nan = float("nan")
-    idle = np.asarray([nan if d.idle_watts is None else d.idle_watts for d in cluster.devices], np.float64)
-    busy = np.asarray([nan if d.busy_watts is None else d.busy_watts for d in cluster.devices], np.float64)
-    if problem.objective.energy_weight > 0 and np.isnan(idle + busy).any():
-        silent = cluster.devices[int(np.flatnonzero(np.isnan(idle + busy))[0])].name
-        raise InputError(
-            f"the objective weighs energy and device {silent!r} states no idle_watts and busy_watts; add both"
-        )
-    first = np.arange(base.num_ops, dtype=np.int32)
-    groups = base.graph.colocate
-    if (groups >= 0).any():
-        _, index, inverse = np.unique(groups, return_index=True, return_inverse=True)
-        first = np.where(groups >= 0, index[inverse], first).astype(np.int32)
-    edges = graph.edge_list
-    legs = link_ms[:-1, -1] + link_ms[-1, :-1]
+    graph, edges = problem.graph, problem.graph.edge_list
+    host, blocking = problem.semantics.route == "host", problem.semantics.transfers == "blocking"
+    contended = problem.semantics.contention == "link"
+    devices = _devices(problem)
+    links = np.zeros((len(devices) + 1, len(devices) + 1), LINKS)
+    links["latency_ms"], links["ms_per_byte"] = link_matrices(problem.cluster, host=host)
+    tensors = np.zeros(graph.num_tensors, TENSORS)
+    tensors["producer"], tensors["bytes"] = graph.tensor_producer, graph.tensor_bytes
+    tensors["first"], tensors["last"] = graph.consumer_offsets[:-1], graph.consumer_offsets[1:]
     return Arrays(
-        source=np.ascontiguousarray(source, np.int32),
         can_run=np.ascontiguousarray(base.can_run),
-        colocate_first=first,
+        colocate_first=_first_of_group(base.graph.colocate),
         latency_ms=np.ascontiguousarray(problem.latency_ms, np.float64),
-        weight_bytes=graph.weight_bytes.astype(np.float64),
-        activation_bytes=graph.activation_bytes.astype(np.float64),
-        frees=np.ascontiguousarray(graph.frees),
         order=np.ascontiguousarray(graph.topological_order, np.int32),
-        num_inputs=np.bincount(edges[:, 1], minlength=graph.num_ops).astype(np.int32),
-        num_uses=np.bincount(edges[:, 0], minlength=graph.num_ops).astype(np.int32),
-        output_offsets=_offsets(graph.tensor_producer, graph.num_ops),
         outputs=np.argsort(graph.tensor_producer, kind="stable").astype(np.int32),
-        input_offsets=_offsets(edges[:, 1], graph.num_ops),
         inputs=np.ascontiguousarray(edges[np.argsort(edges[:, 1], kind="stable"), 0], np.int32),
-        producer=np.ascontiguousarray(graph.tensor_producer, np.int32),
-        tensor_bytes=np.ascontiguousarray(graph.tensor_bytes, np.float64),
-        consumer_offsets=np.ascontiguousarray(graph.consumer_offsets, np.int32),
         consumers=np.ascontiguousarray(graph.consumers, np.int32),
-        link_ms=link_ms,
-        ms_per_byte=ms_per_byte,
-        stays=np.asarray([host and d.kind == "cpu" for d in cluster.devices], np.bool_),
-        memory_bytes=np.asarray([d.memory_bytes for d in cluster.devices], np.float64),
-        idle_watts=idle,
-        extra_watts=busy - idle,
-        energy_weight=float(problem.objective.energy_weight),
-        throughput=problem.objective.goal == "throughput",
-        blocking=semantics.transfers == "blocking",
-        host=host,
-        contended=semantics.contention == "link",
-        priority=semantics.queue == "priority",
-        any_frees=bool(graph.frees.any()),
-        may_not_talk=bool(np.isinf(legs if host else link_ms[:-1, :-1]).any()),
+        rules=_rules(problem, links["latency_ms"]),
+        ops=_ops(problem, source),
+        devices=devices,
+        tensors=tensors,
+        links=links,
+        queue=np.zeros(graph.num_ops, HEAP),
+        urgent=np.zeros(graph.num_ops if problem.semantics.queue == "priority" else 0, HEAP),
+        legs=np.zeros((len(devices), graph.num_tensors if host and (contended or blocking) else 0), HEAP),
+        waits=np.zeros(len(graph.consumers) if blocking and not host else 0, WAITS),
+        log=np.zeros(0, LOG),
     )
 
 
-def build_workspace(arrays: Arrays, *, log: bool = False) -> Workspace:
-    """Allocate what the kernels work in; with `log`, also room for a line per transfer leg."""
-    ops, devices = arrays.latency_ms.shape
-    tensors, pairs = len(arrays.producer), len(arrays.consumers)
-    legs = tensors if arrays.host and (arrays.contended or arrays.blocking) else 0
-    waits = pairs if arrays.blocking and not arrays.host else 0
-    urgent = ops if arrays.priority else 0
-    lines = pairs + tensors if log else 0
-
-    def ints(*shape: int) -> NDArray[np.int32]:
-        return np.zeros(shape, np.int32)
-
-    def floats(*shape: int) -> NDArray[np.float64]:
-        return np.zeros(shape, np.float64)
-
-    return Workspace(
-        device=ints(ops), missing=ints(ops), uses_left=ints(ops),
-        ready_ms=floats(ops), start_ms=floats(ops), finish_ms=floats(ops), rank_ms=floats(urgent),
-        queue_base=ints(devices), queue_size=ints(devices), queue_key=floats(ops), queue_op=ints(ops),
-        urgent_size=ints(devices), urgent_key=floats(urgent), urgent_op=ints(urgent),
-        running=ints(devices), until_ms=floats(devices),
-        leg_size=ints(devices), leg_key=floats(devices, legs), leg_tensor=ints(devices, legs),
-        leg_running=ints(devices), leg_until_ms=floats(devices),
-        wait_ms=floats(waits), wait_tensor=ints(waits), wait_target=ints(waits),
-        held=np.zeros(devices, np.bool_),
-        link_free_ms=floats(devices + 1, devices + 1), stamp=ints(devices), arrival_ms=floats(devices),
-        busy_ms=floats(devices), held_bytes=floats(devices), peak_bytes=floats(devices),
-        counters=np.zeros(3, np.int64),
-        log_ends=ints(lines, 3), log_ms=floats(lines, 2),
-    )  # fmt: skip
+def with_log(arrays: Arrays) -> Arrays:
+    """Return the same arrays with room for a line per transfer or leg."""
+    return arrays._replace(log=np.zeros(len(arrays.consumers) + len(arrays.tensors), LOG))

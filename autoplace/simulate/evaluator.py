@@ -16,7 +16,7 @@ from autoplace.outcome import Outcome, Span
 from autoplace.plan import Plan
 from autoplace.problem import Problem
 from autoplace.simulate import kernels
-from autoplace.simulate.arrays import Arrays, Workspace, build_arrays, build_workspace
+from autoplace.simulate.arrays import Arrays, build_arrays, with_log
 from autoplace.simulate.expand import Part, expand, expand_equal
 
 __all__ = ["SimulatedEvaluator"]
@@ -43,8 +43,6 @@ class SimulatedEvaluator:
     def _prepare(self, larger: Problem, source: NDArray[np.int32]) -> None:
         self._larger = larger
         self._arrays: Arrays = build_arrays(larger, self.problem, source)
-        self._workspace: Workspace = build_workspace(self._arrays)
-        self._logging: Workspace | None = None
 
     def score(self, assignments: ArrayLike) -> NDArray[np.float64]:
         """Return the objective J of assignments; inf where infeasible.
@@ -59,7 +57,7 @@ class SimulatedEvaluator:
             InputError: If the shape does not fit, or an index names no device.
         """
         plans = self._checked(assignments)
-        objective = self._run(plans, self._workspace, full=False)[0]
+        objective = self._run(plans, self._arrays, full=False)[0][0]
         self.evaluations += len(plans)
         return objective
 
@@ -88,7 +86,7 @@ class SimulatedEvaluator:
             InputError: If the shape does not fit, or an index names no device.
         """
         plans, count = self._checked(assignment), self.problem.semantics.microbatches
-        status = self._run(plans[:1], self._workspace, full=True)[1]
+        status = self._run(plans[:1], self._arrays, full=True)[1]
         shape = (count, self.problem.num_ops)
         start, finish = np.full(shape, np.inf), np.full(shape, np.inf)
         if status[0] == kernels.FEASIBLE:
@@ -98,7 +96,7 @@ class SimulatedEvaluator:
             for index, op in enumerate(source):
                 new[seen[op] :, op] = index
                 seen[op] += 1
-            start, finish = self._workspace.start_ms[new], self._workspace.finish_ms[new]
+            start, finish = self._arrays.ops["start_ms"][new], self._arrays.ops["finish_ms"][new]
         return start, finish
 
     def evaluate(self, plans: Sequence[Plan], *, timeline: bool = False) -> list[Outcome]:
@@ -156,31 +154,29 @@ class SimulatedEvaluator:
         shape = (self.problem.num_ops, self.problem.num_devices)
         if plans.ndim != 2 or plans.shape[1] != shape[0] or not np.issubdtype(plans.dtype, np.integer):
             raise InputError(
-                f"assignments have shape {plans.shape} and type {plans.dtype}; expected integers (plans, {shape[0]} ops)"
+                f"assignments have shape {plans.shape} and type {plans.dtype}; expected integers, (plans, {shape[0]})"
             )
         if plans.size and (plans.min() < 0 or plans.max() >= shape[1]):
             raise InputError(f"an assignment names a device outside 0 to {shape[1] - 1}")
         return np.ascontiguousarray(plans, np.int32)
 
-    def _run(self, plans: NDArray[np.int32], workspace: Workspace, *, full: bool) -> tuple[NDArray, ...]:
-        """Return objective, status, time, makespan and energy of each plan."""
-        figures = np.empty((4, len(plans)))
-        status = np.empty(len(plans), np.int8)
-        objective, time_ms, makespan_ms, energy_j = figures
-        kernels.evaluate_plans(self._arrays, workspace, plans, full, objective, status, time_ms, makespan_ms, energy_j)
-        return objective, status, time_ms, makespan_ms, energy_j
+    def _run(
+        self, plans: NDArray[np.int32], arrays: Arrays, *, full: bool
+    ) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+        """Return objective, time, makespan and energy, float64[4, P], and status, int8[P]."""
+        figures, status = np.empty((4, len(plans))), np.empty(len(plans), np.int8)
+        kernels.evaluate_plans(tuple(arrays), plans, full, figures, status)
+        return figures, status
 
     def _outcome(self, plans: NDArray[np.int32], *, timeline: bool) -> Outcome:
-        workspace = self._workspace
-        if timeline:
-            workspace = self._logging = self._logging or build_workspace(self._arrays, log=True)
-        objective, status, time_ms, makespan_ms, energy_j = (
-            column[0] for column in self._run(plans, workspace, full=True)
-        )
+        arrays = with_log(self._arrays) if timeline else self._arrays
+        figures, (status,) = self._run(plans, arrays, full=True)
+        objective, time_ms, makespan_ms, energy_j = figures[:, 0].tolist()
+        peak_bytes = arrays.devices["peak_bytes"].tolist()
         names = [d.name for d in self.problem.cluster.devices]
         if status != kernels.FEASIBLE:
-            memory = dict(zip(names, workspace.peak_bytes.tolist(), strict=True)) if status == kernels.MEMORY else {}
-            reason = self._broken(plans[0]) or self._over_memory(workspace)
+            memory = dict(zip(names, peak_bytes, strict=True)) if status == kernels.MEMORY else {}
+            reason = self._broken(plans[0]) or self._over_memory()
             return Outcome(source="simulated", feasible=False, reason=reason, peak_memory_bytes=memory)
         known = not np.isnan(energy_j)
         return Outcome(
@@ -191,9 +187,9 @@ class SimulatedEvaluator:
             energy_j=float(energy_j) if known else None,
             energy_source="model" if known else None,
             objective=float(objective),
-            peak_memory_bytes=dict(zip(names, workspace.peak_bytes.tolist(), strict=True)),
-            busy_ms=dict(zip(names, workspace.busy_ms.tolist(), strict=True)),
-            timeline=self._spans(workspace) if timeline else (),
+            peak_memory_bytes=dict(zip(names, peak_bytes, strict=True)),
+            busy_ms=dict(zip(names, arrays.devices["busy_ms"].tolist(), strict=True)),
+            timeline=self._spans(arrays) if timeline else (),
         )
 
     def _broken(self, plan: NDArray[np.int32]) -> str:
@@ -221,29 +217,35 @@ class SimulatedEvaluator:
                 )
         return ""
 
-    def _over_memory(self, workspace: Workspace) -> str:
-        """Return which device's memory the plan in the workspace exceeds."""
-        limits = self._arrays.memory_bytes
-        worst = int(np.flatnonzero(workspace.peak_bytes > limits)[0])
+    def _over_memory(self) -> str:
+        """Return which device's memory the plan that was run last exceeds."""
+        peak, limits = self._arrays.devices["peak_bytes"], self._arrays.devices["memory_bytes"]
+        worst = int(np.flatnonzero(peak > limits)[0])
         return (
-            f"device {self.problem.cluster.devices[worst].name!r} would hold {workspace.peak_bytes[worst]:.0f} bytes "
+            f"device {self.problem.cluster.devices[worst].name!r} would hold {peak[worst]:.0f} bytes "
             f"and has {limits[worst]:.0f}"
         )
 
-    def _spans(self, workspace: Workspace) -> tuple[Span, ...]:
+    def _spans(self, arrays: Arrays) -> tuple[Span, ...]:
         """Return what ran when: ops on devices, then transfers, each by start."""
         graph, devices = self._larger.graph, [d.name for d in self.problem.cluster.devices]
         nodes = [*devices, "host memory"]
+        rows = arrays.ops[["device", "start_ms", "finish_ms"]].tolist()
         ops = [
-            Span(resource=devices[workspace.device[i]], label=graph.names[i],
-                 start_ms=float(workspace.start_ms[i]), end_ms=float(workspace.finish_ms[i]))
-            for i in np.argsort(workspace.start_ms, kind="stable")
-        ]  # fmt: skip
-        lines = int(workspace.counters[kernels.LINES])
+            Span(resource=devices[device], label=name, start_ms=start, end_ms=end)
+            for name, (device, start, end) in zip(graph.names, rows, strict=True)
+        ]
         transfers = [
-            Span(resource=f"{nodes[source]} -> {nodes[target]}", label=graph.names[graph.tensor_producer[tensor]],
-                 start_ms=float(start), end_ms=float(end))
-            for (tensor, source, target), (start, end) in
-            zip(workspace.log_ends[:lines].tolist(), workspace.log_ms[:lines].tolist(), strict=True)
-        ]  # fmt: skip
-        return (*ops, *sorted(transfers, key=lambda span: (span.start_ms, span.resource)))
+            Span(
+                resource=f"{nodes[source]} -> {nodes[target]}",
+                label=graph.names[graph.tensor_producer[tensor]],
+                start_ms=start,
+                end_ms=end,
+            )
+            for tensor, source, target, start, end in arrays.log[: int(arrays.rules["lines"][0])].tolist()
+        ]
+        return tuple(sorted(ops, key=_when) + sorted(transfers, key=_when))
+
+
+def _when(span: Span) -> tuple[float, str, str]:
+    return span.start_ms, span.resource, span.label

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 from numba import njit
 
 __all__ = ["CANNOT_RUN", "CANNOT_TALK", "COLOCATION", "FEASIBLE", "MEMORY", "evaluate_plans"]
@@ -49,515 +48,541 @@ def _compile(function):  # type: ignore[no-untyped-def]
 
 
 @_compile
-def _push(keys, items, base, size, key, item):
-    """Add to the heap that begins at `base`, ordered by (key, item)."""
+def _push(heap, base, size, key, item):
+    """Add to the heap of `size` that begins at `base`, ordered by (key, item); the caller raises the size."""
     i = size
     while i > 0:
         up = (i - 1) >> 1
-        other = keys[base + up]
-        if other < key or (other == key and items[base + up] < item):
+        above = heap[base + up].key
+        if above < key or (above == key and heap[base + up].item < item):
             break
-        keys[base + i] = other
-        items[base + i] = items[base + up]
+        heap[base + i].key = above
+        heap[base + i].item = heap[base + up].item
         i = up
-    keys[base + i] = key
-    items[base + i] = item
+    heap[base + i].key = key
+    heap[base + i].item = item
 
 
 @_compile
-def _pop(keys, items, base, size):
-    """Take the least item off a heap of `size`; the caller lowers the size."""
-    least = items[base]
+def _pop(heap, base, size):
+    """Take the least item off the heap of `size`; the caller lowers the size."""
+    least = heap[base].item
     last = size - 1
-    key, item = keys[base + last], items[base + last]
+    key, item = heap[base + last].key, heap[base + last].item
     i = 0
     while True:
         down = 2 * i + 1
         if down >= last:
             break
-        a, b = base + down, base + down + 1
-        if down + 1 < last and (keys[b] < keys[a] or (keys[b] == keys[a] and items[b] < items[a])):
-            down += 1
-            a = b
-        if key < keys[a] or (key == keys[a] and item < items[a]):
+        below = heap[base + down].key
+        if down + 1 < last:
+            other = heap[base + down + 1].key
+            if other < below or (other == below and heap[base + down + 1].item < heap[base + down].item):
+                down += 1
+                below = other
+        if key < below or (key == below and item < heap[base + down].item):
             break
-        keys[base + i] = keys[a]
-        items[base + i] = items[a]
+        heap[base + i].key = below
+        heap[base + i].item = heap[base + down].item
         i = down
-    keys[base + i] = key
-    items[base + i] = item
+    heap[base + i].key = key
+    heap[base + i].item = item
     return least
 
 
 @_compile
-def _cost(a, source, target, size):
+def _cost(links, source, target, size):
     """Return the time of a transfer between two nodes, ms."""
     if size == 0.0:
-        return a.link_ms[source, target]
-    return a.link_ms[source, target] + size * a.ms_per_byte[source, target]
+        return links[source, target].latency_ms
+    return links[source, target].latency_ms + size * links[source, target].ms_per_byte
 
 
 @_compile
-def _log(w, tensor, source, target, start, end):
-    line = w.counters[LINES]
-    if line < len(w.log_ms):
-        w.log_ends[line, 0] = tensor
-        w.log_ends[line, 1] = source
-        w.log_ends[line, 2] = target
-        w.log_ms[line, 0] = start
-        w.log_ms[line, 1] = end
-        w.counters[LINES] = line + 1
+def _log(rules, log, tensor, source, target, start, end):
+    line = rules[0].lines
+    if line < len(log):
+        log[line].tensor = tensor
+        log[line].source = source
+        log[line].target = target
+        log[line].start_ms = start
+        log[line].end_ms = end
+        rules[0].lines = line + 1
 
 
 @_compile
-def _supply(w, op, when):
+def _supply(ops, devices, queue, op, when):
     """Note that one input of `op` is on its device at `when`; queue the op after its last one."""
-    if when > w.ready_ms[op]:
-        w.ready_ms[op] = when
-    w.missing[op] -= 1
-    if w.missing[op] == 0:
-        d = w.device[op]
-        _push(w.queue_key, w.queue_op, w.queue_base[d], w.queue_size[d], w.ready_ms[op], op)
-        w.queue_size[d] += 1
+    if when > ops[op].ready_ms:
+        ops[op].ready_ms = when
+    ops[op].missing -= 1
+    if ops[op].missing == 0:
+        d = ops[op].device
+        _push(queue, devices[d].queue_base, devices[d].queue_size, ops[op].ready_ms, op)
+        devices[d].queue_size += 1
 
 
 @_compile
-def _deliver(a, w, tensor, target, when):
+def _deliver(ops, devices, tensors, consumers, queue, tensor, target, when):
     """Supply the consumers of a tensor on one device."""
-    for k in range(a.consumer_offsets[tensor], a.consumer_offsets[tensor + 1]):
-        if w.device[a.consumers[k]] == target:
-            _supply(w, a.consumers[k], when)
+    for k in range(tensors[tensor].first, tensors[tensor].last):
+        if ops[consumers[k]].device == target:
+            _supply(ops, devices, queue, consumers[k], when)
 
 
 @_compile
-def _carry(a, w, tensor, source, target, now):
+def _carry(rules, tensors, links, log, tensor, source, target, now):
     """Put a transfer on a link, overlapped, and return when it arrives."""
     start = now
-    if a.contended and w.link_free_ms[source, target] > now:
-        start = w.link_free_ms[source, target]
-    end = start + _cost(a, source, target, a.tensor_bytes[tensor])
-    w.link_free_ms[source, target] = end
-    _log(w, tensor, source, target, start, end)
+    if rules[0].contended and links[source, target].free_ms > now:
+        start = links[source, target].free_ms
+    end = start + _cost(links, source, target, tensors[tensor].bytes)
+    links[source, target].free_ms = end
+    _log(rules, log, tensor, source, target, start, end)
     return end
 
 
 @_compile
-def _send_overlapped(a, w, tensor, s, now):
+def _send_overlapped(rules, ops, devices, tensors, links, consumers, queue, legs, log, tensor, s, now):
     """Send a tensor that device `s` has just produced; transfers occupy links alone."""
-    host = len(a.memory_bytes)
+    host = len(devices)
     out_end = -1.0
-    for k in range(a.consumer_offsets[tensor], a.consumer_offsets[tensor + 1]):
-        op = a.consumers[k]
-        d = w.device[op]
+    for k in range(tensors[tensor].first, tensors[tensor].last):
+        op = consumers[k]
+        d = ops[op].device
         if d == s:
-            _supply(w, op, now)
+            _supply(ops, devices, queue, op, now)
             continue
-        if w.stamp[d] != tensor:
-            w.stamp[d] = tensor
-            if not a.host:
-                w.arrival_ms[d] = _carry(a, w, tensor, s, d, now)
+        if devices[d].stamp != tensor:
+            devices[d].stamp = tensor
+            if not rules[0].host:
+                devices[d].arrival_ms = _carry(rules, tensors, links, log, tensor, s, d, now)
             else:
                 if out_end < 0.0:
-                    out_end = now if a.stays[s] else _carry(a, w, tensor, s, host, now)
-                if a.stays[d]:
-                    w.arrival_ms[d] = out_end
-                elif not a.contended:
-                    w.arrival_ms[d] = _carry(a, w, tensor, host, d, out_end)
+                    out_end = now if devices[s].stays else _carry(rules, tensors, links, log, tensor, s, host, now)
+                if devices[d].stays:
+                    devices[d].arrival_ms = out_end
+                elif not rules[0].contended:
+                    devices[d].arrival_ms = _carry(rules, tensors, links, log, tensor, host, d, out_end)
                 else:
-                    w.arrival_ms[d] = INF
-                    _push(w.leg_key[d], w.leg_tensor[d], 0, w.leg_size[d], out_end, tensor)
-                    w.leg_size[d] += 1
-        if w.arrival_ms[d] < INF:
-            _supply(w, op, w.arrival_ms[d])
+                    devices[d].arrival_ms = INF
+                    _push(legs[d], 0, devices[d].leg_size, out_end, tensor)
+                    devices[d].leg_size += 1
+        if devices[d].arrival_ms < INF:
+            _supply(ops, devices, queue, op, devices[d].arrival_ms)
 
 
 @_compile
-def _request_blocking(a, w, tensor, target, now):
+def _request_blocking(rules, waits, tensor, target, now):
     """Queue a direct transfer by (request time, tensor, target)."""
-    i = w.counters[WAITING]
+    i = rules[0].waiting
     while i > 0:
-        if w.wait_ms[i - 1] < now or w.wait_tensor[i - 1] < tensor:
+        if waits[i - 1].request_ms < now or waits[i - 1].tensor < tensor:
             break
-        if w.wait_tensor[i - 1] == tensor and w.wait_target[i - 1] < target:
+        if waits[i - 1].tensor == tensor and waits[i - 1].target < target:
             break
-        w.wait_ms[i] = w.wait_ms[i - 1]
-        w.wait_tensor[i] = w.wait_tensor[i - 1]
-        w.wait_target[i] = w.wait_target[i - 1]
+        waits[i].request_ms = waits[i - 1].request_ms
+        waits[i].tensor = waits[i - 1].tensor
+        waits[i].target = waits[i - 1].target
         i -= 1
-    w.wait_ms[i] = now
-    w.wait_tensor[i] = tensor
-    w.wait_target[i] = target
-    w.counters[WAITING] += 1
+    waits[i].request_ms = now
+    waits[i].tensor = tensor
+    waits[i].target = target
+    rules[0].waiting += 1
 
 
 @_compile
-def _spread_blocking(a, w, tensor, s, now):
+def _spread_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, tensor, s, now):
     """Request what brings a tensor to every receiver: in legs from host memory, or direct transfers."""
-    for k in range(a.consumer_offsets[tensor], a.consumer_offsets[tensor + 1]):
-        d = w.device[a.consumers[k]]
-        if d == s or w.stamp[d] == tensor:
+    for k in range(tensors[tensor].first, tensors[tensor].last):
+        d = ops[consumers[k]].device
+        if d == s or devices[d].stamp == tensor:
             continue
-        w.stamp[d] = tensor
-        if not a.host:
-            _request_blocking(a, w, tensor, d, now)
-        elif a.stays[d]:
-            _deliver(a, w, tensor, d, now)
+        devices[d].stamp = tensor
+        if not rules[0].host:
+            _request_blocking(rules, waits, tensor, d, now)
+        elif devices[d].stays:
+            _deliver(ops, devices, tensors, consumers, queue, tensor, d, now)
         else:
-            _push(w.leg_key[d], w.leg_tensor[d], 0, w.leg_size[d], now, tensor)
-            w.leg_size[d] += 1
+            _push(legs[d], 0, devices[d].leg_size, now, tensor)
+            devices[d].leg_size += 1
 
 
 @_compile
-def _send_blocking(a, w, tensor, s, now):
+def _send_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, tensor, s, now):
     """Send a tensor that device `s` has just produced; transfers occupy devices."""
     remote = False
-    for k in range(a.consumer_offsets[tensor], a.consumer_offsets[tensor + 1]):
-        op = a.consumers[k]
-        if w.device[op] == s:
-            _supply(w, op, now)
+    for k in range(tensors[tensor].first, tensors[tensor].last):
+        op = consumers[k]
+        if ops[op].device == s:
+            _supply(ops, devices, queue, op, now)
         else:
             remote = True
     if not remote:
         return
-    if a.host and not a.stays[s]:
-        _push(w.leg_key[s], w.leg_tensor[s], 0, w.leg_size[s], now, tensor)
-        w.leg_size[s] += 1
+    if rules[0].host and not devices[s].stays:
+        _push(legs[s], 0, devices[s].leg_size, now, tensor)
+        devices[s].leg_size += 1
     else:
-        _spread_blocking(a, w, tensor, s, now)
+        _spread_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, tensor, s, now)
 
 
 @_compile
-def _finish_op(a, w, op, now):
-    s = w.device[op]
-    w.counters[FINISHED] += 1
-    for k in range(a.output_offsets[op], a.output_offsets[op + 1]):
-        if a.blocking:
-            _send_blocking(a, w, a.outputs[k], s, now)
+def _finish_op(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue, legs, waits, log, op, now):
+    s = ops[op].device
+    rules[0].finished += 1
+    for k in range(ops[op].first_output, ops[op].last_output):
+        if rules[0].blocking:
+            _send_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, outputs[k], s, now)
         else:
-            _send_overlapped(a, w, a.outputs[k], s, now)
-    if a.any_frees:
-        for k in range(a.input_offsets[op], a.input_offsets[op + 1]):
-            p = a.inputs[k]
-            w.uses_left[p] -= 1
-            if w.uses_left[p] == 0 and a.frees[p]:
-                w.held_bytes[w.device[p]] -= a.activation_bytes[p]
+            _send_overlapped(rules, ops, devices, tensors, links, consumers, queue, legs, log, outputs[k], s, now)
+    if rules[0].any_frees:
+        for k in range(ops[op].first_input, ops[op].last_input):
+            p = inputs[k]
+            ops[p].uses_left -= 1
+            if ops[p].uses_left == 0 and ops[p].frees:
+                devices[ops[p].device].held_bytes -= ops[p].activation_bytes
 
 
 @_compile
-def _end(a, w, now):
+def _end(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue, legs, waits, log, now):
     """End everything that ends now."""
-    for d in range(len(w.running)):
-        if w.until_ms[d] == now and w.running[d] != IDLE:
-            what = w.running[d]
-            w.running[d] = IDLE
-            w.until_ms[d] = INF
+    for d in range(len(devices)):
+        if devices[d].until_ms == now and devices[d].running != IDLE:
+            what = devices[d].running
+            devices[d].running = IDLE
+            devices[d].until_ms = INF
             if what >= 0:
-                _finish_op(a, w, what, now)
+                _finish_op(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue, legs, waits, log, what, now)
             elif what <= RECEIVING:
                 tensor = RECEIVING - what
-                s = w.device[a.producer[tensor]]
+                s = ops[tensors[tensor].producer].device
                 if s == d:
-                    _spread_blocking(a, w, tensor, s, now)
+                    _spread_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, tensor, s, now)
                 else:
-                    _deliver(a, w, tensor, d, now)
-        if w.leg_running[d] != IDLE and w.leg_until_ms[d] == now:
-            tensor = w.leg_running[d]
-            w.leg_running[d] = IDLE
-            w.leg_until_ms[d] = INF
-            _deliver(a, w, tensor, d, now)
+                    _deliver(ops, devices, tensors, consumers, queue, tensor, d, now)
+        if devices[d].leg_running != IDLE and devices[d].leg_until_ms == now:
+            tensor = devices[d].leg_running
+            devices[d].leg_running = IDLE
+            devices[d].leg_until_ms = INF
+            _deliver(ops, devices, tensors, consumers, queue, tensor, d, now)
 
 
 @_compile
-def _start_direct_blocking(a, w, now):
+def _start_direct_blocking(rules, ops, devices, tensors, links, waits, log, now):
     """Start the waiting transfers whose two devices are free; the others hold their devices."""
-    w.held[:] = False
+    for d in range(len(devices)):
+        devices[d].held = False
     kept = 0
-    for i in range(w.counters[WAITING]):
-        tensor, d = w.wait_tensor[i], w.wait_target[i]
-        s = w.device[a.producer[tensor]]
-        if w.running[s] == IDLE and w.running[d] == IDLE:
-            cost = _cost(a, s, d, a.tensor_bytes[tensor])
-            w.running[s] = SENDING
-            w.running[d] = RECEIVING - tensor
-            w.until_ms[s] = w.until_ms[d] = now + cost
-            w.busy_ms[s] += cost
-            w.busy_ms[d] += cost
-            _log(w, tensor, s, d, now, now + cost)
+    for i in range(rules[0].waiting):
+        tensor, d = waits[i].tensor, waits[i].target
+        s = ops[tensors[tensor].producer].device
+        if devices[s].running == IDLE and devices[d].running == IDLE:
+            cost = _cost(links, s, d, tensors[tensor].bytes)
+            devices[s].running = SENDING
+            devices[d].running = RECEIVING - tensor
+            devices[s].until_ms = devices[d].until_ms = now + cost
+            devices[s].busy_ms += cost
+            devices[d].busy_ms += cost
+            _log(rules, log, tensor, s, d, now, now + cost)
         else:
-            w.held[s] = w.held[d] = True
-            w.wait_ms[kept] = w.wait_ms[i]
-            w.wait_tensor[kept] = tensor
-            w.wait_target[kept] = d
+            devices[s].held = devices[d].held = True
+            waits[kept].request_ms = waits[i].request_ms
+            waits[kept].tensor = tensor
+            waits[kept].target = d
             kept += 1
-    w.counters[WAITING] = kept
+    rules[0].waiting = kept
 
 
 @_compile
-def _start_leg(a, w, d, now):
+def _start_leg(rules, ops, devices, tensors, links, legs, log, d, now):
     """Start a waiting leg of `route: host` on device `d` (blocking) or on its link from host memory."""
-    if w.leg_size[d] == 0 or w.leg_key[d, 0] > now:
+    if devices[d].leg_size == 0 or legs[d, 0].key > now:
         return
-    if w.leg_running[d] != IDLE or (a.blocking and w.running[d] != IDLE):
+    if devices[d].leg_running != IDLE or (rules[0].blocking and devices[d].running != IDLE):
         return
-    tensor = _pop(w.leg_key[d], w.leg_tensor[d], 0, w.leg_size[d])
-    w.leg_size[d] -= 1
-    host = len(a.memory_bytes)
+    tensor = _pop(legs[d], 0, devices[d].leg_size)
+    devices[d].leg_size -= 1
+    host = len(devices)
     source, target = host, d
-    if w.device[a.producer[tensor]] == d:
+    if ops[tensors[tensor].producer].device == d:
         source, target = d, host
-    cost = _cost(a, source, target, a.tensor_bytes[tensor])
-    _log(w, tensor, source, target, now, now + cost)
-    if a.blocking:
-        w.running[d] = RECEIVING - tensor
-        w.until_ms[d] = now + cost
-        w.busy_ms[d] += cost
+    cost = _cost(links, source, target, tensors[tensor].bytes)
+    _log(rules, log, tensor, source, target, now, now + cost)
+    if rules[0].blocking:
+        devices[d].running = RECEIVING - tensor
+        devices[d].until_ms = now + cost
+        devices[d].busy_ms += cost
     else:
-        w.leg_running[d] = tensor
-        w.leg_until_ms[d] = now + cost
+        devices[d].leg_running = tensor
+        devices[d].leg_until_ms = now + cost
 
 
 @_compile
-def _start_op(a, w, d, now):
+def _start_op(rules, ops, devices, latency_ms, queue, urgent, d, now):
     """Start the next op of a free device, if one is ready."""
-    base = w.queue_base[d]
-    if a.priority:
-        while w.queue_size[d] > 0 and w.queue_key[base] <= now:
-            op = _pop(w.queue_key, w.queue_op, base, w.queue_size[d])
-            w.queue_size[d] -= 1
-            _push(w.urgent_key, w.urgent_op, base, w.urgent_size[d], -w.rank_ms[op], op)
-            w.urgent_size[d] += 1
-        if w.urgent_size[d] == 0:
+    base = devices[d].queue_base
+    if rules[0].priority:
+        while devices[d].queue_size > 0 and queue[base].key <= now:
+            op = _pop(queue, base, devices[d].queue_size)
+            devices[d].queue_size -= 1
+            _push(urgent, base, devices[d].urgent_size, -ops[op].rank_ms, op)
+            devices[d].urgent_size += 1
+        if devices[d].urgent_size == 0:
             return
-        op = _pop(w.urgent_key, w.urgent_op, base, w.urgent_size[d])
-        w.urgent_size[d] -= 1
+        op = _pop(urgent, base, devices[d].urgent_size)
+        devices[d].urgent_size -= 1
     else:
-        if w.queue_size[d] == 0 or w.queue_key[base] > now:
+        if devices[d].queue_size == 0 or queue[base].key > now:
             return
-        op = _pop(w.queue_key, w.queue_op, base, w.queue_size[d])
-        w.queue_size[d] -= 1
-    took = a.latency_ms[op, d]
-    w.running[d] = op
-    w.until_ms[d] = now + took
-    w.start_ms[op] = now
-    w.finish_ms[op] = now + took
-    w.busy_ms[d] += took
-    if a.any_frees:
-        w.held_bytes[d] += a.activation_bytes[op]
-        if w.held_bytes[d] > w.peak_bytes[d]:
-            w.peak_bytes[d] = w.held_bytes[d]
+        op = _pop(queue, base, devices[d].queue_size)
+        devices[d].queue_size -= 1
+    took = latency_ms[op, d]
+    devices[d].running = op
+    devices[d].until_ms = now + took
+    ops[op].start_ms = now
+    ops[op].finish_ms = now + took
+    devices[d].busy_ms += took
+    if rules[0].any_frees:
+        devices[d].held_bytes += ops[op].activation_bytes
+        if devices[d].held_bytes > devices[d].peak_bytes:
+            devices[d].peak_bytes = devices[d].held_bytes
 
 
 @_compile
-def _next_moment(a, w, now):
+def _next_moment(rules, devices, queue, legs, now):
     """Return the earliest moment from `now` on at which something ends, or after it at which something becomes ready."""
     moment = INF
-    for d in range(len(w.running)):
-        if w.running[d] != IDLE:
-            moment = min(moment, w.until_ms[d])
-        elif w.queue_size[d] > 0 and w.queue_key[w.queue_base[d]] > now:
-            moment = min(moment, w.queue_key[w.queue_base[d]])
-        if a.host:
-            if w.leg_running[d] != IDLE:
-                moment = min(moment, w.leg_until_ms[d])
-            elif w.leg_size[d] > 0 and w.leg_key[d, 0] > now:
-                moment = min(moment, w.leg_key[d, 0])
+    for d in range(len(devices)):
+        if devices[d].running != IDLE:
+            moment = min(moment, devices[d].until_ms)
+        elif devices[d].queue_size > 0 and queue[devices[d].queue_base].key > now:
+            moment = min(moment, queue[devices[d].queue_base].key)
+        if rules[0].host:
+            if devices[d].leg_running != IDLE:
+                moment = min(moment, devices[d].leg_until_ms)
+            elif devices[d].leg_size > 0 and legs[d, 0].key > now:
+                moment = min(moment, legs[d, 0].key)
     return moment
 
 
 @_compile
-def _rank(a, w):
+def _rank(rules, ops, devices, tensors, links, latency_ms, order, outputs, consumers):
     """Fill `rank_ms` with the longest path from each op to the end under the assignment."""
-    host = len(a.memory_bytes)
-    for j in range(len(a.order) - 1, -1, -1):
-        op = a.order[j]
-        s = w.device[op]
+    host = len(devices)
+    for j in range(len(order) - 1, -1, -1):
+        op = order[j]
+        s = ops[op].device
         longest = 0.0
-        for k in range(a.output_offsets[op], a.output_offsets[op + 1]):
-            tensor = a.outputs[k]
-            size = a.tensor_bytes[tensor]
-            for c in range(a.consumer_offsets[tensor], a.consumer_offsets[tensor + 1]):
-                d = w.device[a.consumers[c]]
-                path = w.rank_ms[a.consumers[c]]
-                if d != s and not a.host:
-                    path += _cost(a, s, d, size)
+        for k in range(ops[op].first_output, ops[op].last_output):
+            tensor = outputs[k]
+            size = tensors[tensor].bytes
+            for c in range(tensors[tensor].first, tensors[tensor].last):
+                d = ops[consumers[c]].device
+                path = ops[consumers[c]].rank_ms
+                if d != s and not rules[0].host:
+                    path += _cost(links, s, d, size)
                 elif d != s:
-                    way = 0.0 if a.stays[s] else _cost(a, s, host, size)
-                    path += way + (0.0 if a.stays[d] else _cost(a, host, d, size))
+                    way = 0.0 if devices[s].stays else _cost(links, s, host, size)
+                    path += way + (0.0 if devices[d].stays else _cost(links, host, d, size))
                 longest = max(longest, path)
-        w.rank_ms[op] = a.latency_ms[op, s] + longest
+        ops[op].rank_ms = latency_ms[op, s] + longest
 
 
 @_compile
-def _simulate(a, w):
+def _clear(devices, links):
+    """Forget what an earlier run left on devices and links."""
+    for d in range(len(devices)):
+        devices[d].running = devices[d].leg_running = devices[d].stamp = IDLE
+        devices[d].until_ms = devices[d].leg_until_ms = INF
+        devices[d].busy_ms = 0.0
+        devices[d].queue_size = devices[d].urgent_size = devices[d].leg_size = 0
+        devices[d].held = False
+    for s in range(len(links)):
+        for d in range(len(links)):
+            links[s, d].free_ms = 0.0
+
+
+@_compile
+def _simulate(
+    rules, ops, devices, tensors, links, latency_ms, order, outputs, inputs, consumers, queue, urgent, legs, waits, log
+):  # fmt: skip
     """Run one pass; return its makespan, ms."""
-    ops, devices = len(a.source), len(a.memory_bytes)
-    w.link_free_ms[:] = 0.0
-    w.counters[:] = 0
-    for d in range(devices):
-        w.running[d] = w.leg_running[d] = w.stamp[d] = IDLE
-        w.until_ms[d] = w.leg_until_ms[d] = INF
-        w.busy_ms[d] = 0.0
-        w.queue_size[d] = w.urgent_size[d] = w.leg_size[d] = 0
-        w.held[d] = False
-    if a.priority:
-        _rank(a, w)
-    for i in range(ops):
-        w.ready_ms[i] = 0.0
-        w.missing[i] = a.num_inputs[i]
-        if a.any_frees:
-            w.uses_left[i] = a.num_uses[i]
-        if w.missing[i] == 0:
-            w.missing[i] = 1
-            _supply(w, i, 0.0)
+    _clear(devices, links)
+    rules[0].finished = rules[0].waiting = rules[0].lines = 0
+    if rules[0].priority:
+        _rank(rules, ops, devices, tensors, links, latency_ms, order, outputs, consumers)
+    for i in range(len(ops)):
+        ops[i].ready_ms = 0.0
+        ops[i].missing = ops[i].num_inputs
+        if rules[0].any_frees:
+            ops[i].uses_left = ops[i].num_uses
+        if ops[i].missing == 0:
+            ops[i].missing = 1
+            _supply(ops, devices, queue, i, 0.0)
+    if rules[0].any_frees:
+        for d in range(len(devices)):
+            devices[d].peak_bytes = devices[d].held_bytes
     now = -1.0
     makespan = 0.0
-    while w.counters[FINISHED] < ops:
-        now = _next_moment(a, w, now)
+    while rules[0].finished < len(ops):
+        now = _next_moment(rules, devices, queue, legs, now)
         if now == INF:
             return INF
         makespan = now
-        _end(a, w, now)
-        if a.blocking and not a.host:
-            _start_direct_blocking(a, w, now)
-        for d in range(devices):
-            if a.host:
-                _start_leg(a, w, d, now)
-            if w.running[d] == IDLE and not w.held[d]:
-                _start_op(a, w, d, now)
+        _end(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue, legs, waits, log, now)
+        if rules[0].blocking and not rules[0].host:
+            _start_direct_blocking(rules, ops, devices, tensors, links, waits, log, now)
+        for d in range(len(devices)):
+            if rules[0].host:
+                _start_leg(rules, ops, devices, tensors, links, legs, log, d, now)
+            if devices[d].running == IDLE and not devices[d].held:
+                _start_op(rules, ops, devices, latency_ms, queue, urgent, d, now)
     return makespan
 
 
 @_compile
-def _load(a, w):
-    """Return the load of the busiest resource, ms; fills `busy_ms` and, in `link_free_ms`, the links' loads."""
-    host = len(a.memory_bytes)
-    w.busy_ms[:] = 0.0
-    w.link_free_ms[:] = 0.0
-    w.stamp[:] = -1
-    for i in range(len(a.source)):
-        w.busy_ms[w.device[i]] += a.latency_ms[i, w.device[i]]
-    for tensor in range(len(a.producer)):
-        s = w.device[a.producer[tensor]]
+def _add_load(rules, devices, links, source, target, size):
+    """Add a transfer to the load of a link and, where it blocks, of the devices at its ends."""
+    cost = _cost(links, source, target, size)
+    links[source, target].free_ms += cost
+    if rules[0].blocking:
+        if source < len(devices):
+            devices[source].busy_ms += cost
+        if target < len(devices):
+            devices[target].busy_ms += cost
+
+
+@_compile
+def _load(rules, ops, devices, tensors, links, latency_ms, consumers):
+    """Return the load of the busiest resource, ms; fills `busy_ms` and, in `free_ms`, the links' loads."""
+    host = len(devices)
+    _clear(devices, links)
+    for i in range(len(ops)):
+        devices[ops[i].device].busy_ms += latency_ms[i, ops[i].device]
+    for tensor in range(len(tensors)):
+        s, size = ops[tensors[tensor].producer].device, tensors[tensor].bytes
         sent = False
-        for k in range(a.consumer_offsets[tensor], a.consumer_offsets[tensor + 1]):
-            d = w.device[a.consumers[k]]
-            if d == s or w.stamp[d] == tensor:
+        for k in range(tensors[tensor].first, tensors[tensor].last):
+            d = ops[consumers[k]].device
+            if d == s or devices[d].stamp == tensor:
                 continue
-            w.stamp[d] = tensor
-            if not a.host:
-                w.link_free_ms[s, d] += _cost(a, s, d, a.tensor_bytes[tensor])
+            devices[d].stamp = tensor
+            if not rules[0].host:
+                _add_load(rules, devices, links, s, d, size)
                 continue
-            if not a.stays[s] and not sent:
-                w.link_free_ms[s, host] += _cost(a, s, host, a.tensor_bytes[tensor])
+            if not devices[s].stays and not sent:
+                _add_load(rules, devices, links, s, host, size)
                 sent = True
-            if not a.stays[d]:
-                w.link_free_ms[host, d] += _cost(a, host, d, a.tensor_bytes[tensor])
-    if a.blocking:
-        for d in range(host):
-            w.busy_ms[d] += w.link_free_ms[d, :].sum() + w.link_free_ms[:, d].sum()
-    busiest = w.busy_ms.max()
-    if a.contended:
-        busiest = max(busiest, w.link_free_ms.max())
+            if not devices[d].stays:
+                _add_load(rules, devices, links, host, d, size)
+    busiest = 0.0
+    for s in range(host + 1):
+        if s < host:
+            busiest = max(busiest, devices[s].busy_ms)
+        for d in range(host + 1):
+            if rules[0].contended:
+                busiest = max(busiest, links[s, d].free_ms)
     return busiest
 
 
 @_compile
-def _prepare(a, w, plan):
+def _prepare(rules, ops, devices, tensors, links, can_run, colocate_first, consumers, plan):
     """Spread a plan over the ops, hold weights and activations; return whether it can be simulated."""
-    devices = len(a.memory_bytes)
     for i in range(len(plan)):
-        if not a.can_run[i, plan[i]]:
+        if not can_run[i, plan[i]]:
             return CANNOT_RUN
-        if plan[i] != plan[a.colocate_first[i]]:
+        if plan[i] != plan[colocate_first[i]]:
             return COLOCATION
-    for d in range(devices):
-        w.queue_base[d] = 0
-        w.held_bytes[d] = 0.0
-        w.peak_bytes[d] = 0.0
-    for i in range(len(a.source)):
-        d = plan[a.source[i]]
-        w.device[i] = d
-        w.queue_base[d] += 1
-        w.held_bytes[d] += a.weight_bytes[i]
-        w.peak_bytes[d] += a.activation_bytes[i]
+    for d in range(len(devices)):
+        devices[d].queue_base = 0
+        devices[d].held_bytes = 0.0
+        devices[d].peak_bytes = 0.0
+    for i in range(len(ops)):
+        d = plan[ops[i].source]
+        ops[i].device = d
+        devices[d].queue_base += 1
+        devices[d].held_bytes += ops[i].weight_bytes
+        devices[d].peak_bytes += ops[i].activation_bytes
     base = 0
     fits = True
-    for d in range(devices):
-        count = w.queue_base[d]
-        w.queue_base[d] = base
+    for d in range(len(devices)):
+        count = devices[d].queue_base
+        devices[d].queue_base = base
         base += count
-        w.peak_bytes[d] += w.held_bytes[d]
-        fits = fits and w.peak_bytes[d] <= a.memory_bytes[d]
-        if w.held_bytes[d] > a.memory_bytes[d]:
+        devices[d].peak_bytes += devices[d].held_bytes
+        fits = fits and devices[d].peak_bytes <= devices[d].memory_bytes
+        if devices[d].held_bytes > devices[d].memory_bytes:
             return MEMORY
-    if not fits and not a.any_frees:
+    if not fits and not rules[0].any_frees:
         return MEMORY
-    if a.may_not_talk and not _talks(a, w):
+    if rules[0].may_not_talk and not _talks(rules, ops, devices, tensors, links, consumers):
         return CANNOT_TALK
     return FEASIBLE
 
 
 @_compile
-def _talks(a, w):
-    host = len(a.memory_bytes)
-    for tensor in range(len(a.producer)):
-        s = w.device[a.producer[tensor]]
-        for k in range(a.consumer_offsets[tensor], a.consumer_offsets[tensor + 1]):
-            d = w.device[a.consumers[k]]
+def _talks(rules, ops, devices, tensors, links, consumers):
+    host = len(devices)
+    for tensor in range(len(tensors)):
+        s = ops[tensors[tensor].producer].device
+        for k in range(tensors[tensor].first, tensors[tensor].last):
+            d = ops[consumers[k]].device
             if d == s:
                 continue
-            if not a.host and a.link_ms[s, d] == INF:
+            if not rules[0].host and links[s, d].latency_ms == INF:
                 return False
-            if a.host and not a.stays[s] and a.link_ms[s, host] == INF:
+            if rules[0].host and not devices[s].stays and links[s, host].latency_ms == INF:
                 return False
-            if a.host and not a.stays[d] and a.link_ms[host, d] == INF:
+            if rules[0].host and not devices[d].stays and links[host, d].latency_ms == INF:
                 return False
     return True
 
 
 @_compile
-def _fits(a, w):
-    for d in range(len(a.memory_bytes)):
-        if w.peak_bytes[d] > a.memory_bytes[d]:
+def _fits(devices):
+    for d in range(len(devices)):
+        if devices[d].peak_bytes > devices[d].memory_bytes:
             return False
     return True
 
 
 @_compile
-def evaluate_plans(a, w, plans, full, objective, status, time_ms, makespan_ms, energy_j):
-    """Evaluate plans one after the other; the workspace then holds the details of the last.
+def evaluate_plans(arrays, plans, full, figures, status):
+    """Evaluate plans one after the other; the arrays then hold the details of the last.
 
     Args:
-        a, w: Arrays and Workspace.
+        arrays: `Arrays`.
         plans: int32[P, N], device of every op of the unsplit graph; indices are not checked.
         full: Whether to simulate the schedule even where the objective does not need it.
-        objective: float64[P], filled with J; inf when infeasible.
+        figures: float64[4, P], filled with J (inf when infeasible), makespan or steady-state time by goal (ms),
+            makespan (ms; inf where it was not simulated), and energy (J; NaN when a device states no watts).
         status: int8[P], filled with FEASIBLE or why not.
-        time_ms: float64[P], filled with makespan or steady-state time, by goal.
-        makespan_ms: float64[P], filled with the makespan where it was simulated, else inf.
-        energy_j: float64[P], filled with the energy; NaN when a device states no watts.
     """
+    (can_run, colocate_first, latency_ms, order, outputs, inputs, consumers, rules, ops, devices, tensors, links,
+     queue, urgent, legs, waits, log) = arrays  # fmt: skip
+    weight = rules[0].energy_weight
     for p in range(len(plans)):
-        objective[p] = time_ms[p] = makespan_ms[p] = energy_j[p] = INF
-        status[p] = _prepare(a, w, plans[p])
+        figures[:, p] = INF
+        status[p] = _prepare(rules, ops, devices, tensors, links, can_run, colocate_first, consumers, plans[p])
         if status[p] != FEASIBLE:
             continue
-        tight = a.any_frees and (full or not _fits(a, w))
-        if full or tight or not a.throughput:
-            if a.any_frees:
-                w.peak_bytes[:] = w.held_bytes
-            makespan_ms[p] = time_ms[p] = _simulate(a, w)
-            if tight and not _fits(a, w):
+        tight = rules[0].any_frees and (full or not _fits(devices))
+        if full or tight or not rules[0].throughput:
+            figures[1, p] = figures[2, p] = _simulate(
+                rules, ops, devices, tensors, links, latency_ms, order, outputs, inputs, consumers, queue, urgent, legs,
+                waits, log,
+            )  # fmt: skip
+            if tight and not _fits(devices):
                 status[p] = MEMORY
                 continue
-        if a.throughput:
-            time_ms[p] = _load(a, w)
+        if rules[0].throughput:
+            figures[1, p] = _load(rules, ops, devices, tensors, links, latency_ms, consumers)
         idle = busy = 0.0
-        for d in range(len(a.memory_bytes)):
-            idle += a.idle_watts[d]
-            busy += a.extra_watts[d] * w.busy_ms[d]
-        energy_j[p] = (idle * time_ms[p] + busy) / 1000.0
-        if a.energy_weight == 0.0:
-            objective[p] = time_ms[p]
-        else:
-            objective[p] = time_ms[p] ** (1.0 - a.energy_weight) * energy_j[p] ** a.energy_weight
+        for d in range(len(devices)):
+            idle += devices[d].idle_watts
+            busy += devices[d].extra_watts * devices[d].busy_ms
+        figures[3, p] = (idle * figures[1, p] + busy) / 1000.0
+        figures[0, p] = figures[1, p]
+        if weight > 0.0:
+            figures[0, p] = figures[1, p] ** (1.0 - weight) * figures[3, p] ** weight
