@@ -38,6 +38,8 @@ def profile(
         cluster = discover(measure_links=links, progress=show)
     cluster.save(output)
     console.print(devices_table(cluster))
+    for source in sorted({d.watts_source for d in cluster.devices if d.watts_source}):
+        console.print(f"Watts: {source}", highlight=False)
     if cluster.num_devices > 1:
         console.print(links_table(cluster))
         if not links:
@@ -59,7 +61,7 @@ def devices_table(cluster: Cluster) -> Table:
             "unlimited" if unlimited else f"{device.memory_bytes / 2**30:.1f} GiB",
             "unknown" if device.idle_watts is None else f"{device.idle_watts:.1f}",
             "unknown" if device.busy_watts is None else f"{device.busy_watts:.1f}",
-            device.watts_source or "",
+            (device.watts_source or "").split(":", 1)[0],
         )
     return table
 

@@ -101,17 +101,19 @@ def fit_link(sizes_bytes: Sequence[float], times_ms: Sequence[float], *, handove
     """
     if len(set(sizes_bytes)) < 2 or len(sizes_bytes) != len(times_ms) or min(times_ms) <= 0:
         raise InputError("a link is fitted to times above 0 of two different sizes or more; measure again")
-    weights = [1.0 / t**2 for t in times_ms]
-    rows = list(zip(weights, sizes_bytes, times_ms, strict=True))
-    s_w, s_x, s_y = sum(weights), sum(w * x for w, x, _ in rows), sum(w * y for w, _, y in rows)
-    s_xx, s_xy = sum(w * x * x for w, x, _ in rows), sum(w * x * y for w, x, y in rows)
-    slope = (s_w * s_xy - s_x * s_y) / (s_w * s_xx - s_x**2)
-    latency_ms = (s_y - slope * s_x) / s_w
+    # Weights relative to the fastest, and sums about the means: the plain sums cancel where one time is far smaller.
+    rows = [((min(times_ms) / t) ** 2, x, t) for x, t in zip(sizes_bytes, times_ms, strict=True)]
+    total = sum(w for w, _, _ in rows)
+    mean_x, mean_t = sum(w * x for w, x, _ in rows) / total, sum(w * t for w, _, t in rows) / total
+    spread = sum(w * (x - mean_x) ** 2 for w, x, _ in rows)
+    slope = sum(w * (x - mean_x) * (t - mean_t) for w, x, t in rows) / spread if spread > 0 else 0.0
+    latency_ms = mean_t - slope * mean_x
     if latency_ms < 0:
-        latency_ms, slope = 0.0, s_xy / s_xx
+        latency_ms, slope = 0.0, sum(w * x * t for w, x, t in rows) / sum(w * x * x for w, x, _ in rows)
     if slope <= 0:
-        # Times that do not grow with size: the largest copy bounds the bandwidth from below.
-        latency_ms, slope = min(times_ms), max(times_ms) / max(sizes_bytes)
+        # Times that do not grow with size: the largest copy alone bounds the bandwidth from below.
+        most_bytes, its_ms = max(zip(sizes_bytes, times_ms, strict=True))
+        latency_ms, slope = min(times_ms), its_ms / most_bytes
     return Link(latency_ms=latency_ms + handover_ms, bytes_per_ms=1.0 / slope)
 
 
