@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -18,12 +18,13 @@ from autoplace.hardware.cluster import Cluster, Device, Link
 from autoplace.outcome import Evaluator, Outcome
 from autoplace.plan import Plan
 from autoplace.policy.features import FEATURE_LIMIT, NUM_FEATURES, PartialPlacement
+from autoplace.policy.tables import Tables, build_tables
 from autoplace.problem import Problem
 from autoplace.simulate.evaluator import SimulatedEvaluator
 
 from .reference import best_baseline
 
-__all__ = ["INFEASIBLE_REWARD", "PlacementEnv"]
+__all__ = ["INFEASIBLE_REWARD", "PlacementEnv", "ProblemCache"]
 
 INFEASIBLE_REWARD = -5.0
 """Sum of the rewards of an episode that ends without a feasible plan: as if it were e^5 = 148 times the reference."""
@@ -33,14 +34,49 @@ MAX_PREPARED = 4096
 Sampler = Callable[[np.random.Generator], Problem]
 
 
+class ProblemCache:
+    """What episodes on problems need, made once per problem object; environments in one thread may share it.
+
+    Args:
+        evaluator_factory: Problem to Evaluator; None = `SimulatedEvaluator`.
+        reference: Problem to J_reference; None = the best simulated baseline.
+    """
+
+    def __init__(
+        self,
+        evaluator_factory: Callable[[Problem], Evaluator] | None = None,
+        reference: Callable[[Problem], float] | None = None,
+    ) -> None:
+        self._factory = evaluator_factory or SimulatedEvaluator
+        self._reference = reference or _simulated_reference
+        self._entries: dict[int, _Entry] = {}
+
+    def entry(self, problem: Problem) -> _Entry:
+        """Return the tables and the evaluator of a problem."""
+        found = self._entries.get(id(problem))
+        if found is None:
+            if len(self._entries) >= MAX_PREPARED:
+                self._entries.pop(next(iter(self._entries)))
+            found = _Entry(problem, build_tables(problem), self._factory(problem))
+            self._entries[id(problem)] = found
+        return found
+
+    def log_reference(self, problem: Problem) -> float:
+        """Return log J_reference of a problem."""
+        entry = self.entry(problem)
+        if entry.log_reference is None:
+            entry.log_reference = math.log(max(self._reference(problem), 1e-12))
+        return entry.log_reference
+
+
 @dataclass(eq=False)
-class _Prepared:
-    """A problem and what an episode on it needs."""
+class _Entry:
+    """A problem, held so that its id stays its own, and what was made of it."""
 
     problem: Problem
-    placement: PartialPlacement
+    tables: Tables
     evaluator: Evaluator
-    log_reference: float | None = field(default=None)
+    log_reference: float | None = None
 
 
 class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
@@ -100,6 +136,7 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
     - `reference`: Problem to J_reference, in the evaluator's terms; default the best of single device, chunks, HEFT and
       m-ETF, simulated (where none is feasible, an optimistic bound). Asked once per problem.
     - `shaping`: whether rewards come on the way.
+    - `cache`: a `ProblemCache` shared with other environments, in place of `evaluator_factory` and `reference`.
 
     ```python
     import gymnasium, autoplace.envs
@@ -120,6 +157,7 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
         max_devices: int = 16,
         reference: Callable[[Problem], float] | None = None,
         shaping: bool = True,
+        cache: ProblemCache | None = None,
         render_mode: str | None = None,
     ) -> None:
         """Prepare the environment, see the class.
@@ -132,32 +170,26 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
         if problems is None:
             problems = _example()
         self._sampler = _sampler(problems)
-        self._factory = evaluator_factory or SimulatedEvaluator
-        self._reference = reference or _simulated_reference
+        self._cache = cache or ProblemCache(evaluator_factory, reference)
         self.max_devices = max_devices
         self.shaping = shaping
         self.action_space: spaces.Discrete = spaces.Discrete(max_devices)
         self.observation_space = spaces.Box(-FEATURE_LIMIT, FEATURE_LIMIT, (max_devices, NUM_FEATURES), np.float32)
-        self._prepared: dict[int, _Prepared] = {}
-        self._current: _Prepared | None = None
+        self._placement: PartialPlacement | None = None
         self._paid = 0.0
         self._start_estimate = 0.0
 
     @property
     def problem(self) -> Problem:
         """The problem of this episode."""
-        return self._episode.problem
+        return self.placement.problem
 
     @property
     def placement(self) -> PartialPlacement:
         """The placement being built."""
-        return self._episode.placement
-
-    @property
-    def _episode(self) -> _Prepared:
-        if self._current is None:
+        if self._placement is None:
             raise InputError("the environment has no episode yet; call reset() first")
-        return self._current
+        return self._placement
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return bool[max_devices], the devices allowed for the current class."""
@@ -180,8 +212,13 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
         """
         super().reset(seed=seed)
         chosen = (options or {}).get("problem")
-        self._current = self._prepare(self._sampler(self.np_random) if chosen is None else chosen)
-        self.placement.reset()
+        problem = self._sampler(self.np_random) if chosen is None else chosen
+        if problem.num_devices > self.max_devices:
+            raise InputError(
+                f"problem {problem.name!r} has {problem.num_devices} devices and the environment was made for "
+                f"{self.max_devices}; pass a larger max_devices"
+            )
+        self._placement = PartialPlacement(problem, self._cache.entry(problem).tables)
         self._paid = 0.0
         self._start_estimate = self.placement.log_estimate
         return self._observation(), {"problem": self.problem.name}
@@ -223,38 +260,20 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     def _evaluate(self) -> tuple[float, dict[str, Any]]:
         """Return log(J_reference / J) of the finished placement, and the last info."""
-        episode = self._episode
-        if isinstance(episode.evaluator, SimulatedEvaluator):
-            objective = float(episode.evaluator.score(self.placement.assignment)[0])
+        evaluator = self._cache.entry(self.problem).evaluator
+        if isinstance(evaluator, SimulatedEvaluator):
+            objective = float(evaluator.score(self.placement.assignment)[0])
             feasible = math.isfinite(objective)
             info: dict[str, Any] = {"reason": "" if feasible else "the simulator finds it infeasible"}
         else:
             plan = Plan.from_assignment(self.problem, self.placement.assignment, strategy="learned")
-            outcome: Outcome = episode.evaluator.evaluate([plan])[0]
+            outcome: Outcome = evaluator.evaluate([plan])[0]
             objective, feasible = outcome.objective, outcome.feasible and math.isfinite(outcome.objective)
             info = {"reason": outcome.reason, "outcome": outcome}
         info |= {"objective": objective if feasible else math.inf, "feasible": feasible}
         if not feasible:
             return INFEASIBLE_REWARD, info
-        if episode.log_reference is None:
-            episode.log_reference = math.log(max(self._reference(self.problem), 1e-12))
-        return episode.log_reference - math.log(max(objective, 1e-12)), info
-
-    def _prepare(self, problem: Problem) -> _Prepared:
-        """Return what an episode on the problem needs, made once per problem object."""
-        known = self._prepared.get(id(problem))
-        if known is not None:
-            return known
-        if problem.num_devices > self.max_devices:
-            raise InputError(
-                f"problem {problem.name!r} has {problem.num_devices} devices and the environment was made for "
-                f"{self.max_devices}; pass a larger max_devices"
-            )
-        if len(self._prepared) >= MAX_PREPARED:
-            self._prepared.pop(next(iter(self._prepared)))
-        prepared = _Prepared(problem, PartialPlacement(problem), self._factory(problem))
-        self._prepared[id(problem)] = prepared
-        return prepared
+        return self._cache.log_reference(self.problem) - math.log(max(objective, 1e-12)), info
 
 
 def _simulated_reference(problem: Problem) -> float:

@@ -10,11 +10,8 @@ from numpy.typing import NDArray
 from autoplace.errors import InfeasibleError
 from autoplace.problem import Problem
 from autoplace.strategies._base import Budget
-from autoplace.strategies._search import Placer, Scorer
-from autoplace.strategies.chunks import ChunksStrategy
-from autoplace.strategies.heft import HeftStrategy
-from autoplace.strategies.metf import MetfStrategy
-from autoplace.strategies.single import SingleStrategy
+from autoplace.strategies._search import Scorer
+from autoplace.strategies.heuristics import construct
 
 __all__ = ["Baseline", "best_baseline", "constructive_baselines"]
 
@@ -33,12 +30,12 @@ class Baseline:
 def constructive_baselines(problem: Problem) -> list[Baseline]:
     """Return the best placement of each of single device, chunks, HEFT and m-ETF, best first; simulated."""
     scorer = Scorer(problem, Budget().start())
-    strategies: tuple[Placer, ...] = (SingleStrategy(), ChunksStrategy(), HeftStrategy(), MetfStrategy())
-    found = []
-    for strategy in strategies:
-        for value, assignment in strategy.search(scorer, seed=0)[:1]:
-            found.append(Baseline(strategy=strategy.name, assignment=assignment, objective=value))
-    return sorted(found, key=lambda b: b.objective)
+    best = [
+        Baseline(strategy=name, assignment=found[0][1], objective=found[0][0])
+        for name, found in construct(scorer).items()
+        if found
+    ]
+    return sorted(best, key=lambda b: b.objective)
 
 
 def best_baseline(problem: Problem) -> Baseline:
