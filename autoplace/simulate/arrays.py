@@ -29,19 +29,19 @@ RULES = np.dtype(
 """Semantics and objective; `may_not_talk` says that some pair of nodes has no link. Then the counters of a run."""
 
 OPS = np.dtype(
-    [("source", "i4"), ("num_inputs", "i4"), ("num_uses", "i4"), ("first_output", "i4"), ("first_input", "i4"),
-     ("last_output", "i4"), ("last_input", "i4"), ("frees", "?"), ("weight_bytes", "f8"), ("activation_bytes", "f8"),
+    [("source", "i4"), ("num_inputs", "i4"), ("first_edge", "i4"), ("last_edge", "i4"), ("first_output", "i4"),
+     ("last_output", "i4"), ("first_input", "i4"), ("last_input", "i4"), ("frees", "?"), ("weight_bytes", "f8"), ("activation_bytes", "f8"),
      ("device", "i4"), ("missing", "i4"), ("uses_left", "i4"), ("ready_ms", "f8"), ("start_ms", "f8"),
      ("finish_ms", "f8"), ("rank_ms", "f8")],
     align=True,
 )  # fmt: skip
-"""Given: ranges into `outputs` and `inputs`, (tensor, consumer) pairs in and out. Filled: from `device` on."""
+"""Given: ranges into `edges`, `outputs` and `inputs`. Filled: from `device` on."""
 
 DEVICES = np.dtype(
     [("stays", "?"), ("memory_bytes", "f8"), ("idle_watts", "f8"), ("extra_watts", "f8"),
      ("queue_base", "i4"), ("queue_size", "i4"), ("urgent_size", "i4"), ("leg_size", "i4"), ("running", "i4"),
      ("leg_running", "i4"), ("stamp", "i4"), ("held", "?"), ("until_ms", "f8"), ("leg_until_ms", "f8"),
-     ("arrival_ms", "f8"), ("busy_ms", "f8"), ("held_bytes", "f8"), ("peak_bytes", "f8")],
+     ("next_ms", "f8"), ("arrival_ms", "f8"), ("busy_ms", "f8"), ("held_bytes", "f8"), ("peak_bytes", "f8")],
     align=True,
 )  # fmt: skip
 """Given: `stays` = of kind `cpu` under `route: host`; busy less idle watts; NaN watts when unknown.
@@ -52,6 +52,9 @@ the last tensor sent there and when it arrives; whether a waiting transfer holds
 
 TENSORS = np.dtype([("producer", "i4"), ("first", "i4"), ("last", "i4"), ("bytes", "f8")], align=True)
 """`first` and `last` are a range into `consumers`."""
+
+EDGES = np.dtype([("consumer", "i4"), ("tensor", "i4")], align=True)
+"""(tensor, consumer) pairs by (producer, tensor, consumer)."""
 
 LINKS = np.dtype([("latency_ms", "f8"), ("ms_per_byte", "f8"), ("free_ms", "f8")], align=True)
 """`free_ms` = when the link is free again, or its load where only loads are asked for."""
@@ -77,6 +80,8 @@ class Arrays(NamedTuple):
     """float64[M, D]."""
     order: NDArray[np.int32]
     """int32[M], a topological order."""
+    sources: NDArray[np.int32]
+    """Ops without inputs."""
     outputs: NDArray[np.int32]
     """int32[T], tensors by producer, ascending within it."""
     inputs: NDArray[np.int32]
@@ -91,6 +96,8 @@ class Arrays(NamedTuple):
     """DEVICES[D]."""
     tensors: NDArray[np.void]
     """TENSORS[T]."""
+    edges: NDArray[np.void]
+    """EDGES[C]."""
     links: NDArray[np.void]
     """LINKS[D + 1, D + 1], row = source."""
     queue: NDArray[np.void]
@@ -178,7 +185,7 @@ def _ops(problem: Problem, source: NDArray[np.int32]) -> NDArray[np.void]:
     ops["weight_bytes"], ops["activation_bytes"] = graph.weight_bytes, graph.activation_bytes
     ops["frees"] = graph.frees
     ops["num_inputs"], ops["first_input"], ops["last_input"] = _ranges(edges[:, 1], graph.num_ops)
-    ops["num_uses"] = _ranges(edges[:, 0], graph.num_ops)[0]
+    _, ops["first_edge"], ops["last_edge"] = _ranges(edges[:, 0], graph.num_ops)
     _, ops["first_output"], ops["last_output"] = _ranges(graph.tensor_producer, graph.num_ops)
     return ops
 
@@ -205,24 +212,28 @@ def build_arrays(problem: Problem, base: Problem, source: NDArray[np.int32]) -> 
     graph, edges = problem.graph, problem.graph.edge_list
     host, blocking = problem.semantics.route == "host", problem.semantics.transfers == "blocking"
     contended = problem.semantics.contention == "link"
-    devices = _devices(problem)
+    devices, ops = _devices(problem), _ops(problem, source)
     links = np.zeros((len(devices) + 1, len(devices) + 1), LINKS)
     links["latency_ms"], links["ms_per_byte"] = link_matrices(problem.cluster, host=host)
     tensors = np.zeros(graph.num_tensors, TENSORS)
     tensors["producer"], tensors["bytes"] = graph.tensor_producer, graph.tensor_bytes
+    pairs = np.zeros(len(edges), EDGES)
+    pairs["consumer"], pairs["tensor"] = edges[np.argsort(edges[:, 0], kind="stable"), 1:].T
     tensors["first"], tensors["last"] = graph.consumer_offsets[:-1], graph.consumer_offsets[1:]
     return Arrays(
         can_run=np.ascontiguousarray(base.can_run),
         colocate_first=_first_of_group(base.graph.colocate),
         latency_ms=np.ascontiguousarray(problem.latency_ms, np.float64),
         order=np.ascontiguousarray(graph.topological_order, np.int32),
+        sources=np.flatnonzero(ops["num_inputs"] == 0).astype(np.int32),
         outputs=np.argsort(graph.tensor_producer, kind="stable").astype(np.int32),
         inputs=np.ascontiguousarray(edges[np.argsort(edges[:, 1], kind="stable"), 0], np.int32),
         consumers=np.ascontiguousarray(graph.consumers, np.int32),
         rules=_rules(problem, links["latency_ms"]),
-        ops=_ops(problem, source),
+        ops=ops,
         devices=devices,
         tensors=tensors,
+        edges=pairs,
         links=links,
         queue=np.zeros(graph.num_ops, HEAP),
         urgent=np.zeros(graph.num_ops if problem.semantics.queue == "priority" else 0, HEAP),

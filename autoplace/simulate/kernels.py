@@ -40,14 +40,21 @@ INF = math.inf
 
 
 def _compile(function):  # type: ignore[no-untyped-def]
-    """Compile with a cache on disk where there is a place for one, else without."""
+    """Compile with a cache on disk where there is a place for one, else without.
+
+    Nothing is allocated here, so reference counts are left out (`_nrt`): with them every call counts every array that it
+    passes on, and the loop takes five times as long.
+    """
     try:
-        return njit(cache=True)(function)
+        return njit(cache=True, _nrt=False)(function)
     except RuntimeError:
-        return njit(function)
+        return njit(_nrt=False)(function)
 
 
-@_compile
+_inline = njit(forceinline=True, _nrt=False)
+
+
+@_inline
 def _push(heap, base, size, key, item):
     """Add to the heap of `size` that begins at `base`, ordered by (key, item); the caller raises the size."""
     i = size
@@ -63,7 +70,7 @@ def _push(heap, base, size, key, item):
     heap[base + i].item = item
 
 
-@_compile
+@_inline
 def _pop(heap, base, size):
     """Take the least item off the heap of `size`; the caller lowers the size."""
     least = heap[base].item
@@ -90,7 +97,7 @@ def _pop(heap, base, size):
     return least
 
 
-@_compile
+@_inline
 def _cost(links, source, target, size):
     """Return the time of a transfer between two nodes, ms."""
     if size == 0.0:
@@ -98,7 +105,7 @@ def _cost(links, source, target, size):
     return links[source, target].latency_ms + size * links[source, target].ms_per_byte
 
 
-@_compile
+@_inline
 def _log(rules, log, tensor, source, target, start, end):
     line = rules[0].lines
     if line < len(log):
@@ -110,7 +117,7 @@ def _log(rules, log, tensor, source, target, start, end):
         rules[0].lines = line + 1
 
 
-@_compile
+@_inline
 def _supply(ops, devices, queue, op, when):
     """Note that one input of `op` is on its device at `when`; queue the op after its last one."""
     if when > ops[op].ready_ms:
@@ -122,7 +129,7 @@ def _supply(ops, devices, queue, op, when):
         devices[d].queue_size += 1
 
 
-@_compile
+@_inline
 def _deliver(ops, devices, tensors, consumers, queue, tensor, target, when):
     """Supply the consumers of a tensor on one device."""
     for k in range(tensors[tensor].first, tensors[tensor].last):
@@ -130,7 +137,7 @@ def _deliver(ops, devices, tensors, consumers, queue, tensor, target, when):
             _supply(ops, devices, queue, consumers[k], when)
 
 
-@_compile
+@_inline
 def _carry(rules, tensors, links, log, tensor, source, target, now):
     """Put a transfer on a link, overlapped, and return when it arrives."""
     start = now
@@ -142,7 +149,7 @@ def _carry(rules, tensors, links, log, tensor, source, target, now):
     return end
 
 
-@_compile
+@_inline
 def _send_overlapped(rules, ops, devices, tensors, links, consumers, queue, legs, log, tensor, s, now):
     """Send a tensor that device `s` has just produced; transfers occupy links alone."""
     host = len(devices)
@@ -172,7 +179,7 @@ def _send_overlapped(rules, ops, devices, tensors, links, consumers, queue, legs
             _supply(ops, devices, queue, op, devices[d].arrival_ms)
 
 
-@_compile
+@_inline
 def _request_blocking(rules, waits, tensor, target, now):
     """Queue a direct transfer by (request time, tensor, target)."""
     i = rules[0].waiting
@@ -191,7 +198,7 @@ def _request_blocking(rules, waits, tensor, target, now):
     rules[0].waiting += 1
 
 
-@_compile
+@_inline
 def _spread_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, tensor, s, now):
     """Request what brings a tensor to every receiver: in legs from host memory, or direct transfers."""
     for k in range(tensors[tensor].first, tensors[tensor].last):
@@ -208,7 +215,7 @@ def _spread_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits
             devices[d].leg_size += 1
 
 
-@_compile
+@_inline
 def _send_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, tensor, s, now):
     """Send a tensor that device `s` has just produced; transfers occupy devices."""
     remote = False
@@ -227,7 +234,7 @@ def _send_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, 
         _spread_blocking(rules, ops, devices, tensors, consumers, queue, legs, waits, tensor, s, now)
 
 
-@_compile
+@_inline
 def _finish_op(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue, legs, waits, log, op, now):
     s = ops[op].device
     rules[0].finished += 1
@@ -244,7 +251,7 @@ def _finish_op(rules, ops, devices, tensors, links, outputs, inputs, consumers, 
                 devices[ops[p].device].held_bytes -= ops[p].activation_bytes
 
 
-@_compile
+@_inline
 def _end(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue, legs, waits, log, now):
     """End everything that ends now."""
     for d in range(len(devices)):
@@ -253,7 +260,9 @@ def _end(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue,
             devices[d].running = IDLE
             devices[d].until_ms = INF
             if what >= 0:
-                _finish_op(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue, legs, waits, log, what, now)
+                _finish_op(
+                    rules, ops, devices, tensors, links, outputs, inputs, consumers, queue, legs, waits, log, what, now
+                )
             elif what <= RECEIVING:
                 tensor = RECEIVING - what
                 s = ops[tensors[tensor].producer].device
@@ -268,7 +277,7 @@ def _end(rules, ops, devices, tensors, links, outputs, inputs, consumers, queue,
             _deliver(ops, devices, tensors, consumers, queue, tensor, d, now)
 
 
-@_compile
+@_inline
 def _start_direct_blocking(rules, ops, devices, tensors, links, waits, log, now):
     """Start the waiting transfers whose two devices are free; the others hold their devices."""
     for d in range(len(devices)):
@@ -294,7 +303,7 @@ def _start_direct_blocking(rules, ops, devices, tensors, links, waits, log, now)
     rules[0].waiting = kept
 
 
-@_compile
+@_inline
 def _start_leg(rules, ops, devices, tensors, links, legs, log, d, now):
     """Start a waiting leg of `route: host` on device `d` (blocking) or on its link from host memory."""
     if devices[d].leg_size == 0 or legs[d, 0].key > now:
@@ -318,25 +327,12 @@ def _start_leg(rules, ops, devices, tensors, links, legs, log, d, now):
         devices[d].leg_until_ms = now + cost
 
 
-@_compile
+@_inline
 def _start_op(rules, ops, devices, latency_ms, queue, urgent, d, now):
     """Start the next op of a free device, if one is ready."""
-    base = devices[d].queue_base
-    if rules[0].priority:
-        while devices[d].queue_size > 0 and queue[base].key <= now:
-            op = _pop(queue, base, devices[d].queue_size)
-            devices[d].queue_size -= 1
-            _push(urgent, base, devices[d].urgent_size, -ops[op].rank_ms, op)
-            devices[d].urgent_size += 1
-        if devices[d].urgent_size == 0:
-            return
-        op = _pop(urgent, base, devices[d].urgent_size)
-        devices[d].urgent_size -= 1
-    else:
-        if devices[d].queue_size == 0 or queue[base].key > now:
-            return
-        op = _pop(queue, base, devices[d].queue_size)
-        devices[d].queue_size -= 1
+    op = _take(rules, ops, devices, queue, urgent, d, now)
+    if op < 0:
+        return
     took = latency_ms[op, d]
     devices[d].running = op
     devices[d].until_ms = now + took
@@ -349,7 +345,7 @@ def _start_op(rules, ops, devices, latency_ms, queue, urgent, d, now):
             devices[d].peak_bytes = devices[d].held_bytes
 
 
-@_compile
+@_inline
 def _next_moment(rules, devices, queue, legs, now):
     """Return the earliest moment from `now` on at which something ends, or after it at which something becomes ready."""
     moment = INF
@@ -366,7 +362,7 @@ def _next_moment(rules, devices, queue, legs, now):
     return moment
 
 
-@_compile
+@_inline
 def _rank(rules, ops, devices, tensors, links, latency_ms, order, outputs, consumers):
     """Fill `rank_ms` with the longest path from each op to the end under the assignment."""
     host = len(devices)
@@ -389,13 +385,13 @@ def _rank(rules, ops, devices, tensors, links, latency_ms, order, outputs, consu
         ops[op].rank_ms = latency_ms[op, s] + longest
 
 
-@_compile
+@_inline
 def _clear(devices, links):
     """Forget what an earlier run left on devices and links."""
     for d in range(len(devices)):
         devices[d].running = devices[d].leg_running = devices[d].stamp = IDLE
-        devices[d].until_ms = devices[d].leg_until_ms = INF
-        devices[d].busy_ms = 0.0
+        devices[d].until_ms = devices[d].busy_ms = 0.0
+        devices[d].leg_until_ms = devices[d].next_ms = INF
         devices[d].queue_size = devices[d].urgent_size = devices[d].leg_size = 0
         devices[d].held = False
     for s in range(len(links)):
@@ -403,23 +399,117 @@ def _clear(devices, links):
             links[s, d].free_ms = 0.0
 
 
-@_compile
+@_inline
+def _take(rules, ops, devices, queue, urgent, d, now):
+    """Take the op that device `d` runs next off its queue, or -1 when none is ready."""
+    base = devices[d].queue_base
+    if not rules[0].priority:
+        if devices[d].queue_size == 0 or queue[base].key > now:
+            return -1
+        op = _pop(queue, base, devices[d].queue_size)
+        devices[d].queue_size -= 1
+        return op
+    while devices[d].queue_size > 0 and queue[base].key <= now:
+        op = _pop(queue, base, devices[d].queue_size)
+        devices[d].queue_size -= 1
+        _push(urgent, base, devices[d].urgent_size, -ops[op].rank_ms, op)
+        devices[d].urgent_size += 1
+    if devices[d].urgent_size == 0:
+        return -1
+    op = _pop(urgent, base, devices[d].urgent_size)
+    devices[d].urgent_size -= 1
+    return op
+
+
+@_inline
+def _foresee(ops, devices, queue, op, when):
+    """Do as `_supply` does, and bring forward the moment at which the op's device starts its next one."""
+    if when > ops[op].ready_ms:
+        ops[op].ready_ms = when
+    ops[op].missing -= 1
+    if ops[op].missing == 0:
+        d, ready = ops[op].device, ops[op].ready_ms
+        _push(queue, devices[d].queue_base, devices[d].queue_size, ready, op)
+        devices[d].queue_size += 1
+        devices[d].next_ms = min(devices[d].next_ms, max(devices[d].until_ms, ready))
+
+
+@_inline
+def _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, op):
+    """Send what an op produces as soon as its finish is known: rules 3 to 5 without an event."""
+    s, now, host = ops[op].device, ops[op].finish_ms, len(devices)
+    sent, out_end = -1, 0.0
+    for k in range(ops[op].first_edge, ops[op].last_edge):
+        consumer, tensor = edges[k].consumer, edges[k].tensor
+        d = ops[consumer].device
+        if d == s:
+            _foresee(ops, devices, queue, consumer, now)
+            continue
+        if devices[d].stamp != tensor:
+            devices[d].stamp = tensor
+            if not rules[0].host:
+                devices[d].arrival_ms = _carry(rules, tensors, links, log, tensor, s, d, now)
+            else:
+                if sent != tensor:
+                    sent = tensor
+                    out_end = now if devices[s].stays else _carry(rules, tensors, links, log, tensor, s, host, now)
+                devices[d].arrival_ms = out_end
+                if not devices[d].stays:
+                    devices[d].arrival_ms = _carry(rules, tensors, links, log, tensor, host, d, out_end)
+        _foresee(ops, devices, queue, consumer, devices[d].arrival_ms)
+
+
+@_inline
+def _simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue, urgent, log):
+    """Run one pass without events; return its makespan, ms.
+
+    Where transfers occupy no device and wait for nobody else's, an op's finish says when its results arrive. Ops are then
+    started in the order of their start, all that start at one moment before any of them sends: the same rounds.
+    """
+    makespan = 0.0
+    for _ in range(len(ops)):
+        now = INF
+        for d in range(len(devices)):
+            now = min(now, devices[d].next_ms)
+        if now == INF:
+            return makespan if rules[0].finished == len(ops) else INF
+        for d in range(len(devices)):
+            devices[d].running = IDLE
+            if devices[d].next_ms == now:
+                op = _take(rules, ops, devices, queue, urgent, d, now)
+                took = latency_ms[op, d]
+                devices[d].running = op
+                devices[d].until_ms = now + took
+                devices[d].busy_ms += took
+                devices[d].next_ms = INF
+                if devices[d].urgent_size > 0:
+                    devices[d].next_ms = devices[d].until_ms
+                elif devices[d].queue_size > 0:
+                    devices[d].next_ms = max(devices[d].until_ms, queue[devices[d].queue_base].key)
+                ops[op].start_ms = now
+                ops[op].finish_ms = now + took
+                makespan = max(makespan, now + took)
+                rules[0].finished += 1
+        for d in range(len(devices)):
+            if devices[d].running != IDLE:
+                _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, devices[d].running)
+    return makespan
+
+
+@_inline
 def _simulate(
-    rules, ops, devices, tensors, links, latency_ms, order, outputs, inputs, consumers, queue, urgent, legs, waits, log
+    rules, ops, devices, tensors, links, latency_ms, order, sources, outputs, inputs, consumers, edges, queue, urgent, legs, waits, log
 ):  # fmt: skip
     """Run one pass; return its makespan, ms."""
     _clear(devices, links)
     rules[0].finished = rules[0].waiting = rules[0].lines = 0
     if rules[0].priority:
         _rank(rules, ops, devices, tensors, links, latency_ms, order, outputs, consumers)
-    for i in range(len(ops)):
-        ops[i].ready_ms = 0.0
-        ops[i].missing = ops[i].num_inputs
-        if rules[0].any_frees:
-            ops[i].uses_left = ops[i].num_uses
-        if ops[i].missing == 0:
-            ops[i].missing = 1
-            _supply(ops, devices, queue, i, 0.0)
+    for k in range(len(sources)):
+        ops[sources[k]].missing = 1
+        _foresee(ops, devices, queue, sources[k], 0.0)
+    if not (rules[0].blocking or rules[0].any_frees or (rules[0].host and rules[0].contended)):
+        return _simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue, urgent, log)
     if rules[0].any_frees:
         for d in range(len(devices)):
             devices[d].peak_bytes = devices[d].held_bytes
@@ -441,7 +531,7 @@ def _simulate(
     return makespan
 
 
-@_compile
+@_inline
 def _add_load(rules, devices, links, source, target, size):
     """Add a transfer to the load of a link and, where it blocks, of the devices at its ends."""
     cost = _cost(links, source, target, size)
@@ -453,7 +543,7 @@ def _add_load(rules, devices, links, source, target, size):
             devices[target].busy_ms += cost
 
 
-@_compile
+@_inline
 def _load(rules, ops, devices, tensors, links, latency_ms, consumers):
     """Return the load of the busiest resource, ms; fills `busy_ms` and, in `free_ms`, the links' loads."""
     host = len(devices)
@@ -486,7 +576,7 @@ def _load(rules, ops, devices, tensors, links, latency_ms, consumers):
     return busiest
 
 
-@_compile
+@_inline
 def _prepare(rules, ops, devices, tensors, links, can_run, colocate_first, consumers, plan):
     """Spread a plan over the ops, hold weights and activations; return whether it can be simulated."""
     for i in range(len(plan)):
@@ -501,6 +591,9 @@ def _prepare(rules, ops, devices, tensors, links, can_run, colocate_first, consu
     for i in range(len(ops)):
         d = plan[ops[i].source]
         ops[i].device = d
+        ops[i].missing = ops[i].num_inputs
+        ops[i].ready_ms = 0.0
+        ops[i].uses_left = ops[i].last_edge - ops[i].first_edge
         devices[d].queue_base += 1
         devices[d].held_bytes += ops[i].weight_bytes
         devices[d].peak_bytes += ops[i].activation_bytes
@@ -521,7 +614,7 @@ def _prepare(rules, ops, devices, tensors, links, can_run, colocate_first, consu
     return FEASIBLE
 
 
-@_compile
+@_inline
 def _talks(rules, ops, devices, tensors, links, consumers):
     host = len(devices)
     for tensor in range(len(tensors)):
@@ -539,7 +632,7 @@ def _talks(rules, ops, devices, tensors, links, consumers):
     return True
 
 
-@_compile
+@_inline
 def _fits(devices):
     for d in range(len(devices)):
         if devices[d].peak_bytes > devices[d].memory_bytes:
@@ -559,8 +652,8 @@ def evaluate_plans(arrays, plans, full, figures, status):
             makespan (ms; inf where it was not simulated), and energy (J; NaN when a device states no watts).
         status: int8[P], filled with FEASIBLE or why not.
     """
-    (can_run, colocate_first, latency_ms, order, outputs, inputs, consumers, rules, ops, devices, tensors, links,
-     queue, urgent, legs, waits, log) = arrays  # fmt: skip
+    (can_run, colocate_first, latency_ms, order, sources, outputs, inputs, consumers, rules, ops, devices, tensors, edges,
+     links, queue, urgent, legs, waits, log) = arrays  # fmt: skip
     weight = rules[0].energy_weight
     for p in range(len(plans)):
         figures[:, p] = INF
@@ -570,8 +663,8 @@ def evaluate_plans(arrays, plans, full, figures, status):
         tight = rules[0].any_frees and (full or not _fits(devices))
         if full or tight or not rules[0].throughput:
             figures[1, p] = figures[2, p] = _simulate(
-                rules, ops, devices, tensors, links, latency_ms, order, outputs, inputs, consumers, queue, urgent, legs,
-                waits, log,
+                rules, ops, devices, tensors, links, latency_ms, order, sources, outputs, inputs, consumers, edges, queue,
+                urgent, legs, waits, log,
             )  # fmt: skip
             if tight and not _fits(devices):
                 status[p] = MEMORY
