@@ -40,6 +40,8 @@ class Capture:
     """`export`, `dispatch` or `module`."""
     reason: str = ""
     """Why no higher rung was reached; empty for `export`."""
+    called: frozenset[str] = frozenset({""})
+    """Paths of the modules that were called; containers such as `ModuleList` never are."""
     dynamic_batch: bool = False
     """Whether the exported graph holds for other batch sizes, too."""
 
@@ -58,13 +60,13 @@ def capture(workload: Workload) -> Capture:
     """
     kwargs, reasons = capture_kwargs(workload), []
     try:
-        graph, dynamic = _guarded(workload, lambda: capture_by_export(workload, kwargs))
-        return Capture(graph=graph, rung="export", dynamic_batch=dynamic)
+        graph, called, dynamic = _guarded(workload, lambda: capture_by_export(workload, kwargs))
+        return Capture(graph=graph, rung="export", called=frozenset(called), dynamic_batch=dynamic)
     except Exception as error:
         reasons.append(f"torch.export: {_first_line(error)}")
     try:
-        graph = _guarded(workload, lambda: capture_by_dispatch(workload, kwargs))
-        return Capture(graph=graph, rung="dispatch", reason="; ".join(reasons))
+        graph, called = _guarded(workload, lambda: capture_by_dispatch(workload, kwargs))
+        return Capture(graph=graph, rung="dispatch", called=frozenset(called), reason="; ".join(reasons))
     except Exception as error:
         _check_runs(workload)
         reasons.append(f"recording a run: {_first_line(error)}")

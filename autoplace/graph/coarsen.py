@@ -13,7 +13,7 @@ whose ops read one parameter, share a co-location id.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from autoplace.graph.opgraph import OpGraph
 __all__ = ["DEFAULT_MIN_COST_FRACTION", "Grouping", "coarsen", "group_modules"]
 
 DEFAULT_MIN_COST_FRACTION = 1 / 24
-"""Gives a 12-layer encoder some 50 groups: attention and both halves of the MLP of every layer."""
+"""Gives a 12-layer encoder some 40 groups: attention and both halves of the MLP of every layer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,13 +49,20 @@ def group_modules(name: str) -> tuple[str, ...]:
     return ("",) if path == "." else tuple("" if part == "." else part for part in path.split("+"))
 
 
-def coarsen(graph: OpGraph, *, max_groups: int = 256, min_cost_fraction: float = DEFAULT_MIN_COST_FRACTION) -> Grouping:
+def coarsen(
+    graph: OpGraph,
+    *,
+    max_groups: int = 256,
+    min_cost_fraction: float = DEFAULT_MIN_COST_FRACTION,
+    called: Collection[str] | None = None,
+) -> Grouping:
     """Group ops along module boundaries.
 
     Args:
         graph: Ops with their modules.
         max_groups: Most groups to make, 1 or more.
         min_cost_fraction: Modules cheaper than this part of the whole (FLOPs and bytes) are not divided.
+        called: Paths of the modules that are called, as `Capture.called` says; None = guess.
 
     Returns:
         The coarse graph, with summed costs, and the group of every op.
@@ -66,9 +73,10 @@ def coarsen(graph: OpGraph, *, max_groups: int = 256, min_cost_fraction: float =
     if max_groups < 1:
         raise InputError(f"max_groups is {max_groups}; use 1 or more")
     order = graph.topological_order
-    cut = ModuleTree(graph).cut(max_groups, min_cost_fraction)
+    tree = ModuleTree(graph, called)
+    cut = tree.cut(max_groups, min_cost_fraction)
     owners = [_owner(graph.modules[op], cut) for op in order]
-    runs = _merge(_runs(owners), op_cost(graph)[order], graph, order, max_groups)
+    runs = _merge(_runs(owners), op_cost(graph)[order], tree, [graph.modules[op] for op in order], max_groups)
     group_of = np.zeros(graph.num_ops, np.int32)
     for index, run in enumerate(runs):
         group_of[order[run.start : run.stop]] = index
@@ -104,7 +112,7 @@ def _runs(owners: Sequence[str | None]) -> list[_Run]:
 
 
 def _merge(
-    runs: list[_Run], cost: NDArray[np.float64], graph: OpGraph, order: NDArray[np.int32], max_groups: int
+    runs: list[_Run], cost: NDArray[np.float64], tree: ModuleTree, modules: Sequence[str], max_groups: int
 ) -> list[_Run]:
     """Merge neighbours until few enough are left: deepest common parent first, then the cheapest pair."""
     total = np.concatenate([[0.0], np.cumsum(cost)])
@@ -117,25 +125,24 @@ def _merge(
     while len(runs) > max_groups:
         index = min(range(len(keys)), key=keys.__getitem__)
         first, second = runs[index : index + 2]
-        modules = tuple(dict.fromkeys([*first.modules, *second.modules]))
-        runs[index : index + 2] = [_Run(first.start, second.stop, modules)]
+        merged = tuple(dict.fromkeys([*first.modules, *second.modules]))
+        runs[index : index + 2] = [_Run(first.start, second.stop, merged)]
         del keys[index]
         for i in (index - 1, index):
             if 0 <= i < len(keys):
                 keys[i] = key((runs[i], runs[i + 1]))
     for run in runs:
         if len(run.modules) > 1:
-            run.modules = _whole_module(run, graph, order)
+            run.modules = _whole_module(run, tree, modules)
     return runs
 
 
-def _whole_module(run: _Run, graph: OpGraph, order: NDArray[np.int32]) -> tuple[str, ...]:
+def _whole_module(run: _Run, tree: ModuleTree, modules: Sequence[str]) -> tuple[str, ...]:
     """The common parent alone, if it is called and the run holds every op in it; else the run's modules."""
     path = _common_parent(run.modules)
-    inside = [i for i, op in enumerate(order) if _within(graph.modules[op], path)]
-    called = any(graph.modules[op] == path for op in order)
+    inside = [position for position, module in enumerate(modules) if _within(module, path)]
     complete = run.start <= inside[0] and inside[-1] < run.stop
-    return (path,) if called and complete else run.modules
+    return (path,) if tree.is_called(path) and complete else run.modules
 
 
 def _within(path: str, module: str) -> bool:

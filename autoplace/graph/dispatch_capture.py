@@ -24,12 +24,15 @@ from autoplace.workload import Workload
 __all__ = ["capture_by_dispatch"]
 
 
-def capture_by_dispatch(workload: Workload, kwargs: Mapping[str, Any]) -> OpGraph:
+def capture_by_dispatch(workload: Workload, kwargs: Mapping[str, Any]) -> tuple[OpGraph, set[str]]:
     """Run the model's forward once under a recording dispatch mode.
 
     Args:
         workload: The model and its positional inputs; the model is already in the workload's mode.
         kwargs: Keyword inputs, caches off.
+
+    Returns:
+        The graph and the paths of the modules that were called.
 
     Raises:
         CaptureError: If the model runs no operation.
@@ -39,7 +42,7 @@ def capture_by_dispatch(workload: Workload, kwargs: Mapping[str, Any]) -> OpGrap
     stack: list[str] = [""]
     with torch.set_grad_enabled(workload.training), _module_stack(recorder, stack), _Mode(recorder, stack):
         workload.model(*workload.args, **kwargs)
-    return recorder.build()
+    return recorder.build(), recorder.called
 
 
 @contextmanager
@@ -48,6 +51,7 @@ def _module_stack(recorder: Recorder, stack: list[str]) -> Iterator[None]:
 
     def enter(module: torch.nn.Module, args: Any) -> None:
         stack.append(recorder.paths.get(id(module), stack[-1]))
+        recorder.called.add(stack[-1])
 
     def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
         if len(stack) > 1:

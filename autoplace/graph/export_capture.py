@@ -38,7 +38,7 @@ _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 """Higher-order ops that only wrap a block; its ops are recorded as if it were not there."""
 
 
-def capture_by_export(workload: Workload, kwargs: Mapping[str, Any]) -> tuple[OpGraph, bool]:
+def capture_by_export(workload: Workload, kwargs: Mapping[str, Any]) -> tuple[OpGraph, set[str], bool]:
     """Export the model and turn its graph into an OpGraph.
 
     Args:
@@ -46,7 +46,7 @@ def capture_by_export(workload: Workload, kwargs: Mapping[str, Any]) -> tuple[Op
         kwargs: Keyword inputs, caches off.
 
     Returns:
-        The graph, and whether the batch stayed dynamic.
+        The graph, the paths of the modules that were called, and whether the batch stayed dynamic.
 
     Raises:
         CaptureError: If the model runs no operation.
@@ -56,7 +56,8 @@ def capture_by_export(workload: Workload, kwargs: Mapping[str, Any]) -> tuple[Op
         program = _export(workload, kwargs, dynamic=True)
     except Exception:
         program = _export(workload, kwargs, dynamic=False)
-    return _Reader(program, workload).read(), _is_dynamic(program)
+    reader = _Reader(program, workload)
+    return reader.read(), reader.recorder.called, _is_dynamic(program)
 
 
 def _export(workload: Workload, kwargs: Mapping[str, Any], *, dynamic: bool) -> torch.export.ExportedProgram:
@@ -170,8 +171,9 @@ class _Reader:
         stack = node.meta.get("nn_module_stack")
         if not stack:
             return self.module
-        path = next(reversed(stack.values()))[0].split("@", 1)[0]
-        return self.canonical.get(path, self.module)
+        paths = [self.canonical.get(entry[0].split("@", 1)[0]) for entry in stack.values()]
+        self.recorder.called.update(path for path in paths if path is not None)
+        return self.module if paths[-1] is None else paths[-1]
 
     def _call(self, node: torch.fx.Node, owner: torch.fx.GraphModule, values: dict[torch.fx.Node, Any]) -> Any:
         if getattr(node.target, "__name__", "") == "getitem":

@@ -1,13 +1,14 @@
 """`ModuleTree`: the modules of a graph with their costs, and where to cut it. Knows only what `OpGraph.modules` says.
 
-A module with operations of its own is one that is called. A module without may be a mere container (`ModuleList`,
-`ModuleDict`) that no hook ever sees, and dividing a pure composition costs nothing; so such modules are transparent:
-they are never cut modules themselves, their children stand in for them.
+Only modules that are called can be dispatched. A container (`ModuleList`, `ModuleDict`) is not, no hook ever sees it;
+it is transparent: its children stand in for it. Capture knows which modules were called; where nobody says, a module
+without operations of its own whose children are numbered is taken for a container.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +30,17 @@ def op_cost(graph: OpGraph) -> NDArray[np.float64]:
 
 
 class ModuleTree:
-    """Costs and weights of all modules that own or contain ops, by path; "" is the root."""
+    """Costs and weights of all modules that own or contain ops, by path; "" is the root.
 
-    def __init__(self, graph: OpGraph) -> None:
+    Args:
+        graph: Ops with their modules.
+        called: Paths of the modules that are called; None = guess.
+    """
+
+    def __init__(self, graph: OpGraph, called: Collection[str] | None = None) -> None:
         self.cost: dict[str, float] = {"": 0.0}
         self.weight_bytes: dict[str, int] = {"": 0}
-        self.has_own_ops: set[str] = set(graph.modules)
+        self._own, self._called = set(graph.modules), called
         self.children: dict[str, list[str]] = {"": []}
         for path, cost, weight in zip(graph.modules, op_cost(graph), graph.weight_bytes, strict=True):
             for prefix in prefixes(path):
@@ -44,11 +50,19 @@ class ModuleTree:
                 self.cost[prefix] += float(cost)
                 self.weight_bytes[prefix] += int(weight)
 
+    def is_called(self, path: str) -> bool:
+        """Whether a module is called, as far as is known."""
+        if path in self._own or path == "":
+            return True
+        if self._called is not None:
+            return path in self._called
+        return not all(child.rpartition(".")[2].isdigit() for child in self.children[path])
+
     def parts(self, path: str, least_cost: float) -> list[str]:
         """Return the modules that a divided module falls into; cheap ones without weights are left to the glue."""
         found: list[str] = []
         for child in self.children[path]:
-            if child in self.has_own_ops:
+            if self.is_called(child):
                 if self.weight_bytes[child] or self.cost[child] >= least_cost:
                     found.append(child)
             else:

@@ -53,6 +53,9 @@ class Recorder:
     bytes_moved: list[float] = field(default_factory=list)
     activation_bytes: list[int] = field(default_factory=list)
 
+    called: set[str] = field(default_factory=set)
+    """Paths of the modules that were called."""
+
     def __post_init__(self) -> None:
         self.paths = module_paths(self.model)
         self._weights: list[tuple[torch.Tensor, str]] = []
@@ -65,6 +68,7 @@ class Recorder:
                     self._weights.append((tensor, path))
         self._readers: list[list[int]] = [[] for _ in self._weights]
         self._edges: dict[tuple[int, int, int], list[int]] = {}
+        self.called.add("")
         self._taken: set[str] = set()
 
     def weight(self, tensors: Sequence[torch.Tensor]) -> Value:
