@@ -1,0 +1,76 @@
+"""The card of a trained policy: what it is, how it was made, what it was trained on, how it does."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import autoplace
+from autoplace.policy.features import FEATURE_VERSION, NUM_FEATURES
+
+from .distribution import HELD_OUT_CLUSTERS, HELD_OUT_FAMILIES, TRAIN_CLUSTERS, TRAIN_FAMILIES
+
+if TYPE_CHECKING:
+    from .train import TrainConfig
+
+__all__ = ["write_card"]
+
+
+def write_card(config: TrainConfig, problems: int, evaluation: dict[str, Any]) -> str:
+    """Return the card, Markdown.
+
+    Args:
+        config: Of the training.
+        problems: Number of training problems, synthetic and of models.
+        evaluation: Figures of `Bench.compare` by name.
+    """
+    lines = [
+        "# Placement policy",
+        "",
+        f"Places op graphs on devices, one op group a step: {NUM_FEATURES} features of version {FEATURE_VERSION} per "
+        f"device, one scorer of width {config.hidden} shared by all devices.",
+        "",
+        "## Training",
+        "",
+        f"- Command: `{config.command or 'autoplace.agents.train.train(...)'}`",
+        f"- Date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, seed {config.seed}, "
+        f"autoplace {autoplace.__version__}, torch {torch.__version__}, {platform.machine()}",
+        f"- Stages: {', '.join(config.stages)}",
+        f"- Data: {problems} problems, {config.problems} of them synthetic: families {', '.join(TRAIN_FAMILIES)}; "
+        f"clusters {', '.join(TRAIN_CLUSTERS)} of 2 to {config.max_devices} devices; up to {config.max_ops} ops",
+    ]
+    if "imitate" in config.stages:
+        lines.append(
+            f"- Imitation: {config.imitate_epochs} epochs over the best plans of the heuristics and of annealing with "
+            f"{config.teacher_evaluations} evaluations"
+        )
+    if "simulate" in config.stages:
+        lines.append(f"- PPO on the simulator: {config.simulate_steps} decisions")
+    if "measure" in config.stages:
+        lines.append(f"- PPO on real runs: {config.measure_plans} plans")
+    if config.start is not None:
+        lines.append(f"- Started from: {config.start.name}")
+    lines += [
+        "",
+        "## Evaluation",
+        "",
+        f"Held-out families {', '.join(HELD_OUT_FAMILIES)}, the held-out cluster {', '.join(HELD_OUT_CLUSTERS)} among "
+        "the known ones; simulated. Geometric mean of J_policy / J_other, 95% interval; below 1 the policy is better.",
+        "",
+    ]
+    for name, figures in evaluation.items():
+        lines += [
+            f"### {name}: {figures['problems']} problems, {figures['infeasible']} infeasible",
+            "",
+            "| against | ratio | interval | problems |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {other} | {r['geometric_mean']:.3f} | {r['low']:.3f} to {r['high']:.3f} | {r['problems']} |"
+            for other, r in figures["ratio"].items()
+        ]
+        lines.append("")
+    return "\n".join(lines)

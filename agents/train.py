@@ -1,0 +1,344 @@
+"""`train`: from nothing, or from a policy, to a policy directory, in up to three stages.
+
+    imitate   → `imitation.clone_epoch`, one epoch a chunk: the best plans of heuristics and annealing
+    simulate  → `ppo.PpoTrainer`: PPO whose reward is the simulator's
+    measure   → `ppo.PpoTrainer` over `measured.ReferencedEvaluator`: PPO whose reward is real runs
+
+After every chunk stands a checkpoint; resuming from it gives what an uninterrupted run gives (the measured stage
+excepted, for no two real runs are equal). Runs without MLflow; metrics go to a callback.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from autoplace.envs import ProblemCache
+
+from autoplace.errors import InputError
+from autoplace.policy.network import PolicyConfig, PolicyNetwork
+from autoplace.policy.policy import Policy
+from autoplace.problem import Problem
+
+from .card import write_card
+from .checkpoints import Checkpoint, Checkpoints
+from .distribution import held_out_problems, training_problems
+from .evaluate import Bench
+from .imitation import Demonstrations, best_known, clone_epoch, demonstrate
+from .measured import MeasuredCase, ReferencedEvaluator, measured_config
+from .ppo import PpoConfig, PpoTrainer, single_thread
+
+__all__ = ["STAGES", "TrainConfig", "train"]
+
+STAGES = ("imitate", "simulate", "measure")
+"""The stages, in order."""
+
+Log = Callable[[dict[str, float], int], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, and for how long."""
+
+    output: Path
+    """Folder for `policy/`, `checkpoints/` and `measured.jsonl`."""
+    stages: tuple[str, ...] = ("imitate", "simulate")
+    """Which of `STAGES` to run; they run in that order."""
+    seed: int = 0
+    problems: int = 600
+    """Synthetic training problems."""
+    max_ops: int = 120
+    """Largest number of ops of those, about."""
+    max_devices: int = 8
+    """Largest number of devices of any problem in training; the policy itself has no limit."""
+    teacher_evaluations: int = 1500
+    """Simulations that the teacher may spend on each problem."""
+    imitate_epochs: int = 30
+    imitate_learning_rate: float = 2e-3
+    """At the start; falls to a tenth by a half cosine."""
+    simulate_steps: int = 2_000_000
+    """Decisions of the simulated stage, rounded up to whole chunks."""
+    measure_plans: int = 100
+    """Real plans of the measured stage, rounded up to whole updates."""
+    validation: int = 48
+    """Training-family problems that choose among checkpoints."""
+    held_out: int = 60
+    """Held-out problems of the final evaluation."""
+    hidden: int = 32
+    """Width of the network."""
+    ppo: PpoConfig = field(default_factory=lambda: PpoConfig(learning_rate=1e-3))
+    start: Path | None = None
+    """Policy directory to start from; None = fresh weights."""
+    resume: bool = False
+    """Whether to go on from the last checkpoint in the output folder."""
+    command: str = ""
+    """What the person typed, for the card."""
+
+    def __post_init__(self) -> None:
+        if unknown := [s for s in self.stages if s not in STAGES]:
+            raise InputError(f"stage {unknown[0]!r} is unknown; use {', '.join(STAGES)}")
+        if not self.stages:
+            raise InputError(f"no stage to train; use one or more of {', '.join(STAGES)}")
+        for name in ("problems", "imitate_epochs", "simulate_steps", "measure_plans", "max_devices", "max_ops"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; use 1 or more")
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model_problems: Sequence[Problem] = (),
+    measured: Sequence[MeasuredCase] = (),
+    log: Log | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Train a policy.
+
+    Args:
+        config: What and how long.
+        model_problems: Problems of a person's own models; a quarter of the training looks at them.
+        measured: Problems that can be run for real, for the stage `measure`.
+        log: Called with metrics and a running step.
+        progress: Called with phase, done, total.
+
+    Returns:
+        The policy directory, `output/policy`.
+
+    Raises:
+        InputError: If the stage `measure` has nothing to run, or the checkpoint is of another configuration.
+    """
+    single_thread()
+    if "measure" in config.stages and not measured:
+        raise InputError("the stage measure needs a model to run; pass --model file.py:function")
+    return _Training(config, list(model_problems), list(measured), log, progress).run()
+
+
+class _Training:
+    """One training under way."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_problems: list[Problem],
+        measured: list[MeasuredCase],
+        log: Log | None,
+        progress: Progress | None,
+    ) -> None:
+        self.config = config
+        self.measured = measured
+        self.log = log or (lambda metrics, step: None)
+        self.progress = progress or (lambda phase, done, total: None)
+        devices = [p.num_devices for p in model_problems] + [c.problem.num_devices for c in measured]
+        self.max_devices = max([config.max_devices, *devices])
+        synthetic = training_problems(
+            config.problems, seed=config.seed, max_ops=config.max_ops, max_devices=config.max_devices
+        )
+        repeats = math.ceil(config.problems / 3 / len(model_problems)) if model_problems else 0
+        self.problems = synthetic + model_problems
+        self.weighted = synthetic + model_problems * repeats
+        self.network = self._network()
+        self.checkpoints = Checkpoints(config.output / "checkpoints", _identity(config, model_problems, measured))
+        self.at = Checkpoint(stage=self.stages[0], weights=self.network.tensors())
+        self._bench: Bench | None = None
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages to run, in their order."""
+        return [s for s in STAGES if s in self.config.stages]
+
+    @property
+    def bench(self) -> Bench:
+        """The validation problems; none of them is trained on, all are of the training families."""
+        if self._bench is None:
+            drawn = training_problems(
+                self.config.validation,
+                seed=self.config.seed + 1_000_003,
+                max_ops=self.config.max_ops,
+                max_devices=self.config.max_devices,
+            )
+            self._bench = Bench(drawn)
+        return self._bench
+
+    def run(self) -> Path:
+        """Run all stages and write the policy."""
+        if not self.config.resume:
+            self.checkpoints.clear()
+        elif (found := self.checkpoints.latest()) is not None:
+            self.at = found
+            self.network.load_tensors(found.weights)
+        for stage in self.stages[self.stages.index(self.at.stage) :]:
+            if stage != self.at.stage:
+                self.at = Checkpoint(stage=stage, weights=self.network.tensors(), step=self.at.step)
+            getattr(self, f"_{stage}")()
+            if self.at.best:
+                self.network.load_tensors(self.at.best)
+        return self._finish()
+
+    def _network(self) -> PolicyNetwork:
+        if self.config.start is not None:
+            return Policy.load(self.config.start).network()
+        return PolicyNetwork(PolicyConfig(hidden=self.config.hidden), seed=self.config.seed)
+
+    def _keep(self, chunk: int, metrics: dict[str, float], optimizer: dict[str, Any], *, validate: bool) -> None:
+        """Validate the network as it is, log, and write a checkpoint."""
+        at = self.at
+        at.weights, at.chunk, at.optimizer = self.network.tensors(), chunk, optimizer
+        at.step += 1
+        if validate:
+            value = self.bench.log_ratio(Policy.of(self.network))
+            metrics = {**metrics, "validation/reward": value}
+            if value > at.best_value:
+                at.best, at.best_value = at.weights, value
+        self.log(metrics, at.step)
+        self.checkpoints.save(at)
+
+    def _imitate(self) -> None:
+        config, data = self.config, self._demonstrations()
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=config.imitate_learning_rate)
+        if self.at.optimizer is not None:
+            optimizer.load_state_dict(dict(self.at.optimizer))
+        for epoch in range(self.at.chunk, config.imitate_epochs):
+
+            def rate(part: float, epoch: int = epoch) -> float:
+                done = (epoch + part) / config.imitate_epochs
+                return config.imitate_learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
+
+            metrics = clone_epoch(self.network, optimizer, data, seed=config.seed * 1009 + epoch, schedule=rate)
+            self._keep(epoch + 1, metrics, optimizer.state_dict(), validate=True)
+            self.progress("imitate", epoch + 1, config.imitate_epochs)
+
+    def _demonstrations(self) -> Demonstrations:
+        """Search the teachers' placements and replay them."""
+        config, teachers = self.config, []
+        for index, problem in enumerate(self.problems):
+            teachers.append(best_known(problem, evaluations=config.teacher_evaluations, seed=config.seed + index))
+            self.progress("search for teachers", index + 1, len(self.problems))
+        return demonstrate(self.problems, teachers, max_devices=self.max_devices)
+
+    def _simulate(self) -> None:
+        config = self.config
+        chunks = math.ceil(config.simulate_steps / config.ppo.chunk_steps)
+        trainer = self._trainer(self.weighted, config.ppo, ProblemCache())
+        for chunk in range(self.at.chunk, chunks):
+            rate = config.ppo.learning_rate * (1.0 - 0.9 * chunk / chunks)
+            trainer.run_chunk(config.seed * 1_000_003 + chunk, learning_rate=rate)
+            self.at.updates = trainer.updates
+            self._keep(chunk + 1, {"simulate/learning_rate": rate}, dict(trainer.optimizer_state or {}), validate=True)
+            self.progress("simulate", chunk + 1, chunks)
+        trainer.close()
+
+    def _measure(self) -> None:
+        config = self.config
+        steps = [len(np.unique(_classes(c.problem))) for c in self.measured]
+        ppo = measured_config(max(steps))
+        chunks = math.ceil(config.measure_plans / max(1, ppo.steps // max(steps)))
+        cache, evaluators = _measured_cache(self.measured, config.seed)
+        records = config.output / "measured.jsonl"
+        if self.at.chunk == 0:
+            records.unlink(missing_ok=True)
+        rewards: list[float] = []
+
+        def episode(info: dict[str, Any]) -> None:
+            rewards.append(info["log_ratio"])
+            average = float(np.mean(rewards[-10:]))
+            self.at.step += 1
+            self.log({"measure/reward": rewards[-1], "measure/reward_mean_of_10": average}, self.at.step)
+            _append(records, info)
+            self.progress("measure", min(len(rewards), config.measure_plans), config.measure_plans)
+
+        trainer = self._trainer([c.problem for c in self.measured], ppo, cache, episode)
+        for chunk in range(self.at.chunk, chunks):
+            trainer.run_chunk(config.seed * 1_000_003 + 500_000 + chunk)
+            self.at.updates = trainer.updates
+            runs = float(sum(e.measured for e in evaluators))
+            self._keep(chunk + 1, {"measure/runs": runs}, dict(trainer.optimizer_state or {}), validate=False)
+        trainer.close()
+
+    def _trainer(
+        self,
+        problems: Sequence[Problem],
+        ppo: PpoConfig,
+        cache: ProblemCache,
+        on_episode: Callable[[dict[str, Any]], None] | None = None,
+    ) -> PpoTrainer:
+        def report(metrics: dict[str, float]) -> None:
+            self.at.step += 1
+            self.log(metrics, self.at.step)
+
+        trainer = PpoTrainer(
+            self.network,
+            problems,
+            ppo,
+            max_devices=self.max_devices,
+            cache=cache,
+            report=report,
+            on_episode=on_episode,
+        )
+        trainer.updates, trainer.optimizer_state = self.at.updates, self.at.optimizer
+        return trainer
+
+    def _finish(self) -> Path:
+        """Evaluate on held-out problems and write the policy directory."""
+        config = self.config
+        policy = Policy.of(self.network)
+        drawn = held_out_problems(
+            config.held_out, seed=config.seed, max_ops=config.max_ops, max_devices=config.max_devices
+        )
+        bench = Bench(drawn)
+        self.progress("evaluate", 0, 2)
+        greedy = bench.compare(policy)
+        self.progress("evaluate", 1, 2)
+        evaluation = {"held_out_greedy": greedy, "held_out_32_samples": bench.compare(policy, samples=32)}
+        self.progress("evaluate", 2, 2)
+        ratios = {f"held_out/{name}": r["geometric_mean"] for name, r in greedy["ratio"].items()}
+        self.log(ratios, self.at.step + 1)
+        target = config.output / "policy"
+        policy.save(target, card=write_card(config, len(self.problems), evaluation), evaluation=evaluation)
+        return target
+
+
+def _classes(problem: Problem) -> np.ndarray:
+    """Return a number per op that co-located ops share."""
+    colocate = problem.graph.colocate
+    return np.where(colocate >= 0, colocate, -1 - np.arange(problem.num_ops))
+
+
+def _identity(
+    config: TrainConfig, model_problems: Sequence[Problem], measured: Sequence[MeasuredCase]
+) -> dict[str, Any]:
+    """Return what must be the same for a run to be resumed."""
+    facts = {k: v for k, v in asdict(config).items() if k not in ("output", "resume", "command", "start")}
+    facts["start"] = None if config.start is None else str(config.start)
+    facts["models"] = [p.graph.fingerprint for p in model_problems]
+    facts["measured"] = [c.problem.graph.fingerprint for c in measured]
+    return facts
+
+
+def _measured_cache(cases: Sequence[MeasuredCase], seed: int) -> tuple[ProblemCache, list[ReferencedEvaluator]]:
+    """Return a cache whose evaluators are real runs and whose references are measured, and those evaluators."""
+    evaluators = {id(c.problem): ReferencedEvaluator(c, seed=seed) for c in cases}
+    cache = ProblemCache(lambda p: evaluators[id(p)], lambda p: evaluators[id(p)].reference)
+    return cache, list(evaluators.values())
+
+
+def _append(path: Path, info: dict[str, Any]) -> None:
+    """Append an episode to the record: one JSON line, flushed."""
+    outcome = info.get("outcome")
+    record = {
+        "problem": info["problem"],
+        "reward": info["log_ratio"],
+        "feasible": info["feasible"],
+        "reason": info.get("reason", ""),
+        "assignment": np.asarray(info["assignment"]).tolist(),
+        "outcome": outcome.to_json() if outcome is not None else None,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")

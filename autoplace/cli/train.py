@@ -1,0 +1,190 @@
+"""`autoplace train`: train a placement policy, on the simulator and on the devices themselves."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoplace.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autoplace.agents.measured import MeasuredCase
+    from autoplace.agents.train import TrainConfig
+    from autoplace.hardware.cluster import Cluster
+    from autoplace.problem import Objective, Problem
+    from autoplace.workload import Workload
+
+__all__ = ["train"]
+
+
+def train(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for policy, checkpoints and records.")],
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stage", help="imitate, simulate or measure; repeatable. Default: all, measure if a --model is."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="Model factory file.py:function to train on; repeatable.")
+    ] = None,
+    training: Annotated[
+        bool | None, typer.Option("--training/--inference", help="Default: the mode each model is returned in.")
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", help="Cluster file; default: discover this machine.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option("--policy", help="Policy to start from: name, folder or URI.")] = None,
+    problems: Annotated[int, typer.Option("--problems", help="Synthetic training problems.")] = 600,
+    epochs: Annotated[int, typer.Option("--epochs", help="Epochs of imitation.")] = 30,
+    steps_simulate: Annotated[
+        int, typer.Option("--steps-simulate", help="Decisions of PPO by simulation.")
+    ] = 2_000_000,
+    plans_measure: Annotated[int, typer.Option("--plans-measure", help="Real plans of PPO by measurement.")] = 100,
+    groups_measure: Annotated[int, typer.Option("--groups-measure", help="Most groups of a measured model.")] = 12,
+    energy_weight: Annotated[
+        float, typer.Option("--energy-weight", help="w of latency^(1-w) * energy^w that real runs are rewarded for.")
+    ] = 0.0,
+    hidden: Annotated[int, typer.Option("--hidden", help="Width of the network.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    tracking_uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store.")] = None,
+) -> None:
+    """Train a placement policy: imitation, PPO on the simulator, PPO on measured runs."""
+    from rich.console import Console
+
+    from autoplace.agents.train import STAGES, TrainConfig
+    from autoplace.problem import Objective
+
+    console = Console()
+    stages = tuple(stage) if stage else STAGES if model else STAGES[:2]
+    if not stage and not model:
+        console.print("Without --model there is nothing to run for real: the stage measure is left out.")
+    config = TrainConfig(
+        output=output,
+        stages=stages,
+        seed=seed,
+        problems=problems,
+        imitate_epochs=epochs,
+        simulate_steps=steps_simulate,
+        measure_plans=plans_measure,
+        hidden=hidden,
+        start=_find_policy(policy, tracking_uri),
+        resume=resume,
+        command=_command(),
+    )
+    if "measure" in stages and not model:
+        raise InputError("the stage measure needs a model to run; pass --model file.py:function")
+    objective = Objective(energy_weight=energy_weight)
+    found, measured = _models(console, model or [], cluster, training, stages, objective, groups_measure)
+    _run(console, config, found, measured, tracking_uri)
+
+
+def _command() -> str:
+    """Return the command line as typed, without the path of the program."""
+    import sys
+
+    return shlex.join(["autoplace", *sys.argv[1:]])
+
+
+def _find_policy(policy: str | None, tracking_uri: str | None) -> Path | None:
+    if policy is None:
+        return None
+    from autoplace.zoo import find_policy
+
+    return find_policy(policy, tracking_uri=tracking_uri)
+
+
+def _models(
+    console: Console,
+    specs: list[str],
+    cluster_file: Path | None,
+    training: bool | None,
+    stages: tuple[str, ...],
+    objective: Objective,
+    groups: int,
+) -> tuple[list[Problem], list[MeasuredCase]]:
+    """Build the problems of the person's models, and the small ones that are run for real."""
+    if not specs:
+        return [], []
+    from autoplace.agents.models import model_problem, variants
+    from autoplace.cli.factory import load_workload
+    from autoplace.hardware.cluster import Cluster
+
+    if cluster_file is not None:
+        cluster = Cluster.load(cluster_file)
+    else:
+        from autoplace.hardware.discover import discover
+
+        cluster = discover()
+    problems: list[Problem] = []
+    measured: list[MeasuredCase] = []
+    for spec in specs:
+        workload = load_workload(spec, training=training)
+        console.print(f"Capturing and profiling {spec} on {', '.join(d.name for d in cluster.devices)}.")
+        if set(stages) & {"imitate", "simulate"}:
+            problems += variants([model_problem(workload, cluster, max_groups=g) for g in (16, 64)])
+        if "measure" in stages:
+            measured.append(_case(workload, cluster, objective, groups))
+    return problems, measured
+
+
+def _case(workload: Workload, cluster: Cluster, objective: Objective, groups: int) -> MeasuredCase:
+    from autoplace.agents.measured import MeasuredCase
+    from autoplace.agents.models import model_problem
+    from autoplace.measure.evaluator import MeasuredEvaluator
+
+    problem = model_problem(workload, cluster, max_groups=groups, objective=objective)
+    return MeasuredCase(problem=problem, evaluator=MeasuredEvaluator(workload, cluster, objective=objective))
+
+
+def _run(
+    console: Console,
+    config: TrainConfig,
+    problems: list[Problem],
+    measured: list[MeasuredCase],
+    tracking_uri: str | None,
+) -> None:
+    from autoplace.agents.plots import measured_reward_figure, read_measured_rewards
+    from autoplace.agents.train import train as run_training
+    from autoplace.cli.tune import progress_bars
+    from autoplace.zoo.tracking import track_run
+
+    params: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in ("output", "start", "command")}
+    with track_run("train", config.output.name, tracking_uri=tracking_uri, params=params) as tracker:
+        with progress_bars(console) as progress:
+            directory = run_training(
+                config, model_problems=problems, measured=measured, log=tracker.log_metrics, progress=progress
+            )
+        for path in sorted(directory.iterdir()):
+            tracker.log_artifact(path, "policy")
+        if "measure" in config.stages:
+            records = config.output / "measured.jsonl"
+            figure = measured_reward_figure(read_measured_rewards(records))
+            figure.savefig(config.output / "measured_reward.png", dpi=120)
+            tracker.log_figure(figure, "measured_reward.png")
+            tracker.log_artifact(records)
+    _show(console, directory)
+
+
+def _show(console: Console, directory: Path) -> None:
+    """Print the evaluation of the policy that was written, and where it is."""
+    from rich.table import Table
+
+    from autoplace.policy.policy import Policy
+
+    table = Table("against", "greedy", "95%", "best of 33", "95%", title="Held-out problems: J policy / J other")
+    evaluation = Policy.load(directory).evaluation
+    sampled = evaluation["held_out_32_samples"]["ratio"]
+    for name, greedy in evaluation["held_out_greedy"]["ratio"].items():
+        cells = [(f"{r['geometric_mean']:.3f}", f"{r['low']:.3f}-{r['high']:.3f}") for r in (greedy, sampled[name])]
+        table.add_row(name, *cells[0], *cells[1])
+    console.print(table)
+    console.print(f"Policy: {directory}")
+    console.print("See the run with `autoplace ui`; use the policy with `autoplace tune --policy`.")
