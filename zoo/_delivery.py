@@ -204,10 +204,9 @@ def _values(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _key(text: object) -> str:
-    """Return `text` as a key that MLflow accepts."""
-    cleaned = re.sub(r"[^A-Za-z0-9_\-. /:]", "_", str(text)).strip("/ ")[:KEY_CHARACTERS] or "_"
-    normal = posixpath.normpath(cleaned)
-    return normal.replace("/", "_") if normal.startswith((".", "/")) else normal
+    """Return `text` as a key that MLflow accepts: plain characters, and no path that leads elsewhere."""
+    cleaned = re.sub(r"[^A-Za-z0-9_\-. /:]|\.{2,}", "_", str(text))[:KEY_CHARACTERS]
+    return posixpath.normpath(cleaned.lstrip("./ ").rstrip("/ ") or "_")
 
 
 def _milliseconds(entry: Mapping[str, Any]) -> int:

@@ -109,7 +109,9 @@ def _find_version(client: MlflowClient, store: str, uri: str, name: str, alias: 
 
     try:
         with quiet_mlflow():
-            return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            if alias:
+                return client.get_model_version_by_alias(name, alias)
+            return client.get_model_version(name, str(number))
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise PolicyError(

@@ -27,8 +27,8 @@ def sync(
     for note in counts.notes:
         print(f"Note: {note}.")
     print(
-        f"{counts.delivered} runs delivered, {counts.already} were there already, {counts.running} still running, "
-        f"{counts.failed} failed."
+        f"Runs delivered: {counts.delivered}; there already: {counts.already}; still running: {counts.running}; "
+        f"failed: {counts.failed}."
     )
     if counts.failed:
         raise typer.Exit(1)
