@@ -18,6 +18,7 @@ from autoplace.problem import Problem
 from autoplace.simulate import kernels
 from autoplace.simulate.arrays import Arrays, build_arrays, with_log
 from autoplace.simulate.expand import Part, expand, expand_equal
+from autoplace.simulate.reasons import why_not_runnable, why_too_large
 
 __all__ = ["SimulatedEvaluator"]
 
@@ -90,7 +91,7 @@ class SimulatedEvaluator:
         shape = (count, self.problem.num_ops)
         start, finish = np.full(shape, np.inf), np.full(shape, np.inf)
         if status[0] == kernels.FEASIBLE:
-            source = self._arrays.source
+            source = self._arrays.ops["source"]
             new = np.zeros(shape, np.int64)
             seen = np.zeros(self.problem.num_ops, np.int64)
             for index, op in enumerate(source):
@@ -123,7 +124,7 @@ class SimulatedEvaluator:
         if len(arrays) == 1 and usual:
             return self._outcome(self._checked(arrays[0]), timeline=timeline)
         for row in arrays:
-            if reason := self._broken(row):
+            if reason := why_not_runnable(problem, self._arrays, row):
                 return Outcome(source="simulated", feasible=False, reason=reason)
         parts = [
             Part(row, replica.share / plan.microbatches)
@@ -176,7 +177,9 @@ class SimulatedEvaluator:
         names = [d.name for d in self.problem.cluster.devices]
         if status != kernels.FEASIBLE:
             memory = dict(zip(names, peak_bytes, strict=True)) if status == kernels.MEMORY else {}
-            reason = self._broken(plans[0]) or self._over_memory()
+            reason = (
+                why_not_runnable(self.problem, arrays, plans[0]) or why_too_large(self.problem, arrays)
+            )
             return Outcome(source="simulated", feasible=False, reason=reason, peak_memory_bytes=memory)
         known = not np.isnan(energy_j)
         return Outcome(
@@ -190,40 +193,6 @@ class SimulatedEvaluator:
             peak_memory_bytes=dict(zip(names, peak_bytes, strict=True)),
             busy_ms=dict(zip(names, arrays.devices["busy_ms"].tolist(), strict=True)),
             timeline=self._spans(arrays) if timeline else (),
-        )
-
-    def _broken(self, plan: NDArray[np.int32]) -> str:
-        """Return why an assignment cannot run at all: latencies, co-location, links; empty when it can."""
-        graph, cluster, arrays = self.problem.graph, self.problem.cluster, self._arrays
-        names = [d.name for d in cluster.devices]
-        ops = np.arange(len(plan))
-        if len(bad := np.flatnonzero(~np.isfinite(self.problem.latency_ms[ops, plan]))):
-            return f"op {graph.names[bad[0]]!r} cannot run on {names[plan[bad[0]]]!r}; place it elsewhere"
-        if len(bad := np.flatnonzero(plan != plan[arrays.colocate_first])):
-            first = arrays.colocate_first[bad[0]]
-            return f"ops {graph.names[first]!r} and {graph.names[bad[0]]!r} must share a device and do not"
-        if not arrays.may_not_talk:
-            return ""
-        host = len(names)
-        for producer, consumer, _ in graph.edge_list:
-            s, d = int(plan[producer]), int(plan[consumer])
-            legs = [(s, d)]
-            if arrays.host:
-                legs = [leg for leg, end in (((s, host), s), ((host, d), d)) if not arrays.stays[end]]
-            if s != d and any(np.isinf(arrays.link_ms[leg]) for leg in legs):
-                return (
-                    f"op {graph.names[consumer]!r} on {names[d]!r} needs a tensor of {graph.names[producer]!r} on "
-                    f"{names[s]!r}, and there is no link between the two"
-                )
-        return ""
-
-    def _over_memory(self) -> str:
-        """Return which device's memory the plan that was run last exceeds."""
-        peak, limits = self._arrays.devices["peak_bytes"], self._arrays.devices["memory_bytes"]
-        worst = int(np.flatnonzero(peak > limits)[0])
-        return (
-            f"device {self.problem.cluster.devices[worst].name!r} would hold {peak[worst]:.0f} bytes "
-            f"and has {limits[worst]:.0f}"
         )
 
     def _spans(self, arrays: Arrays) -> tuple[Span, ...]:

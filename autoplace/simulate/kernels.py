@@ -3,8 +3,8 @@
 Rules, so that every figure has exactly one value (DESIGN section 5 says the rest):
 
 1. Time advances in rounds. A round takes the earliest moment at which anything ends or becomes ready, first ends all
-   that ends then, device by device, and then starts all that can start. What takes no time ends in a further round of the
-   same moment.
+   that ends then, device by device, and then starts all that can start. An op or a blocking transfer that takes no time
+   ends in a further round of the same moment; an overlapped one arrives in the round that requests it.
 2. An op is ready when the last of its inputs is on its device. A free device takes, by `queue: fifo`, the ready op with
    the least (ready time, op index); by `queue: priority`, the ready op with the longest path to the end, then the least
    index. A path's length is the op latencies on the devices assigned and the transfers between them, uncontended.
@@ -17,8 +17,8 @@ Rules, so that every figure has exactly one value (DESIGN section 5 says the res
    device and the in leg of a device are links. Requests of one moment are served in the order in which their sender
    finished the producers, then by tensor index; on an in leg by (request time, tensor index).
 6. `transfers: blocking`: a transfer keeps its two devices busy (a leg: the one that is not host memory) and waits until
-   both are free. Waiting transfers start before ops, in the order of (request time, tensor index, target device), each as
-   soon as its own devices are free; a device with a waiting transfer starts no op. The link is then never contended.
+   both are free. Waiting transfers start before ops, by (request time, tensor index, target device), each as soon as its
+   own devices are free; a device with a waiting transfer starts no op. The link is then never contended.
 7. Memory: weights always; activations from the op's start, until its last consumer on any device finishes if the op
    frees, else to the end. Received copies are not counted. What ends in a round is freed before what starts in it is
    held. Both goals use the schedule of one pass.
@@ -42,8 +42,8 @@ INF = math.inf
 def _compile(function):  # type: ignore[no-untyped-def]
     """Compile with a cache on disk where there is a place for one, else without.
 
-    Nothing is allocated here, so reference counts are left out (`_nrt`): with them every call counts every array that it
-    passes on, and the loop takes five times as long.
+    Nothing is allocated here, so reference counts are left out (`_nrt`): with them every call counts every array that
+    it passes on, and the loop takes five times as long.
     """
     try:
         return njit(cache=True, _nrt=False)(function)
@@ -347,7 +347,7 @@ def _start_op(rules, ops, devices, latency_ms, queue, urgent, d, now):
 
 @_inline
 def _next_moment(rules, devices, queue, legs, now):
-    """Return the earliest moment from `now` on at which something ends, or after it at which something becomes ready."""
+    """Return the next moment at which something ends (maybe `now`) or becomes ready (after `now`)."""
     moment = INF
     for d in range(len(devices)):
         if devices[d].running != IDLE:
@@ -605,8 +605,6 @@ def _prepare(rules, ops, devices, tensors, links, can_run, colocate_first, consu
         base += count
         devices[d].peak_bytes += devices[d].held_bytes
         fits = fits and devices[d].peak_bytes <= devices[d].memory_bytes
-        if devices[d].held_bytes > devices[d].memory_bytes:
-            return MEMORY
     if not fits and not rules[0].any_frees:
         return MEMORY
     if rules[0].may_not_talk and not _talks(rules, ops, devices, tensors, links, consumers):
