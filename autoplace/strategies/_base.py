@@ -63,12 +63,47 @@ class Clock:
             limits.seconds is not None and self.seconds >= limits.seconds
         )
 
+    @property
+    def progress(self) -> float:
+        """Spent part of the limit that is nearest to being reached, 0 to 1; 0 when there is no limit."""
+        limits, parts = self._budget, [0.0]
+        if limits.evaluations is not None:
+            parts.append(self.evaluations / limits.evaluations)
+        if limits.seconds is not None:
+            parts.append(self.seconds / limits.seconds)
+        return min(1.0, max(parts))
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit."""
+        return self._budget.evaluations is not None or self._budget.seconds is not None
+
+    def allowed(self, wanted: int) -> int:
+        """Return how many of `wanted` evaluations may still be spent; 0 once a limit is reached."""
+        if self.spent:
+            return 0
+        limit = self._budget.evaluations
+        return wanted if limit is None else min(wanted, limit - self.evaluations)
+
+    def remaining(self, fraction: float = 1.0) -> Budget | None:
+        """Return a fraction of what is left as a budget of its own; None once a limit is reached."""
+        if self.spent:
+            return None
+        limits = self._budget
+        left = None if limits.evaluations is None else limits.evaluations - self.evaluations
+        return Budget(
+            evaluations=None if left is None else max(1, int(left * fraction)),
+            seconds=None if limits.seconds is None else max(1e-3, (limits.seconds - self.seconds) * fraction),
+        )
+
 
 class Strategy(ABC):
     """Proposes plans for a problem."""
 
     name: ClassVar[str]
     """Short unique name, as in tables and `--strategy`."""
+    evaluations: int = 0
+    """Evaluations that the last `propose` spent."""
 
     @abstractmethod
     def propose(self, problem: Problem, *, budget: Budget, seed: int = 0) -> list[Plan]:

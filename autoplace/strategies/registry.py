@@ -1,0 +1,56 @@
+"""Strategies by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autoplace.errors import InputError
+from autoplace.strategies._base import Strategy
+from autoplace.strategies.annealing import AnnealingStrategy
+from autoplace.strategies.heuristics import HEURISTICS
+from autoplace.strategies.random_search import RandomStrategy
+from autoplace.strategies.replicas import ReplicasStrategy
+from autoplace.strategies.threads import ThreadsStrategy
+
+if TYPE_CHECKING:
+    from autoplace.policy.policy import Policy
+
+__all__ = ["LEARNED", "make_strategy", "portfolio_strategies", "strategy_names"]
+
+LEARNED = "learned"
+"""Name of the strategy that needs a policy."""
+
+_ALL: tuple[type[Strategy], ...] = (*HEURISTICS, RandomStrategy, AnnealingStrategy, ReplicasStrategy, ThreadsStrategy)
+_KINDS = {kind.name: kind for kind in _ALL}
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Return the names that `make_strategy` knows, `learned` last."""
+    return (*_KINDS, LEARNED)
+
+
+def make_strategy(name: str, policy: Policy | None = None) -> Strategy:
+    """Make a strategy.
+
+    Args:
+        name: One of `strategy_names()`.
+        policy: What `learned` proposes with; others don't look at it.
+
+    Raises:
+        InputError: If the name is unknown, or `learned` comes without a policy.
+    """
+    if name == LEARNED:
+        if policy is None:
+            raise InputError("the strategy 'learned' needs a policy; name one, or train one with `autoplace train`")
+        from autoplace.strategies.learned import LearnedStrategy
+
+        return LearnedStrategy(policy)
+    if name not in _KINDS:
+        raise InputError(f"strategy {name!r} is unknown; use one of {', '.join(strategy_names())}")
+    return _KINDS[name]()
+
+
+def portfolio_strategies(policy: Policy | None = None) -> list[Strategy]:
+    """Return what `best_of` runs when nobody chooses: the heuristics, the policy if there is one, annealing."""
+    learned = [make_strategy(LEARNED, policy)] if policy is not None else []
+    return [*(kind() for kind in HEURISTICS), *learned, AnnealingStrategy()]
