@@ -4,8 +4,9 @@ The original stays where it is. The stand-in has its own leaf parameters and buf
 before each use, and shares the original's hooks; gradients of its parameters are given to the originals by the caller.
 Where the parameters already live on the device there is no stand-in: the original itself runs.
 
-Not carried over after the first use: attributes other than parameters, buffers and the train/eval flag. Buffers that
-the module replaces instead of modifying in place are not brought back.
+The modules' `config` objects are shared, and attributes that are numbers, texts or None (a dropout's `p`) carried over
+before each use; other attributes are as they were at the first use. Buffers that the module replaces instead of
+modifying in place are not brought back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import copy
 import torch
 
 __all__ = ["Copies"]
+
+_SIMPLE = (bool, int, float, str)
 
 
 class _Standin:
@@ -33,23 +36,22 @@ class _Standin:
             memo[id(buffer)] = moved
             self.buffers.append((buffer, moved))
         for child in module.modules():
-            for name, hooks in vars(child).items():
-                if name.endswith("_hooks") and isinstance(hooks, dict):
-                    memo[id(hooks)] = hooks
+            for name, value in vars(child).items():
+                if name == "config" or (name.endswith("_hooks") and isinstance(value, dict)):
+                    memo[id(value)] = value
         self.module = copy.deepcopy(module, memo)
         self._flags = list(zip(module.modules(), self.module.modules(), strict=True))
         self._seen: list[tuple[int, int]] = []
         self._stale = True
         self._buffer_versions: list[int] = []
 
-    def refresh(self) -> None:
-        """Copy what may have changed.
+    def refresh(self, grad: bool) -> None:
+        """Copy what may have changed; `grad` says whether the coming call has gradients on.
 
         That is everything while gradients are on and in the first call after (an optimizer may have stepped, through
         `.data` even), else what has another version or address than last time.
         """
         pairs = [*self.parameters, *self.buffers]
-        grad = torch.is_grad_enabled()
         seen = [(source._version, source.data_ptr()) for source, _ in pairs]
         for i, (source, local) in enumerate(pairs):
             if grad or self._stale or seen[i] != self._seen[i]:
@@ -60,7 +62,8 @@ class _Standin:
         self._seen, self._stale = seen, grad
         self._buffer_versions = [local._version for _, local in self.buffers]
         for source_module, local_module in self._flags:
-            local_module.training = source_module.training
+            attributes = vars(local_module)
+            attributes.update((k, v) for k, v in vars(source_module).items() if v is None or isinstance(v, _SIMPLE))
 
     def write_back(self) -> None:
         """Copy buffers that the stand-in changed (running statistics) to the originals."""
@@ -86,9 +89,11 @@ class Copies:
 
     def of(self, module: torch.nn.Module) -> _Standin:
         """Return the module's stand-in, up to date."""
+        grad = torch.is_grad_enabled()
         standin = self._standins.get(id(module))
         current = [*module.parameters()]
-        if standin is None or [id(p) for p in current] != [id(source) for source, _ in standin.parameters]:
-            standin = self._standins[id(module)] = _Standin(module, self._device)
-        standin.refresh()
+        with torch.inference_mode(False):  # what is made here may have to train later
+            if standin is None or [id(p) for p in current] != [id(source) for source, _ in standin.parameters]:
+                standin = self._standins[id(module)] = _Standin(module, self._device)
+            standin.refresh(grad)
         return standin

@@ -1,0 +1,172 @@
+"""How runs are timed and compared: warm-up, then A B A B, medians, quartiles, ratios pair by pair.
+
+Knows nothing of plans. Definitions:
+
+- A *round* runs everything once, in the given order; the first `warmup` rounds are not counted. → `interleave`
+- Median and interquartile range by linear interpolation (numpy's default). → `summary`
+- A *pair ratio* is sample i of A over sample i of B, both of one round, so that slow drift of a shared machine cancels;
+  above 1, B is faster. → `pair_ratios`
+- *A/A noise* is the largest of |median - 1| and half the interquartile range of the pair ratios of two series of the
+  same thing. A win counts when the median pair ratio exceeds 1 by more than that. → `aa_noise`
+
+A run that overruns its limit cannot be stopped; it is left behind in its thread, which may keep a core busy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from autoplace.errors import ExecutionError, InputError
+from autoplace.runtime.worker import TaskThread
+
+__all__ = ["Guard", "aa_noise", "interleave", "pair_ratios", "summary", "synchronize"]
+
+T = TypeVar("T")
+
+
+def synchronize() -> None:
+    """Wait for everything queued on any GPU; nothing when CUDA is not in use."""
+    if torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
+
+
+class Guard:
+    """Runs functions in a thread that can be left behind when one of them does not return in time."""
+
+    def __init__(self) -> None:
+        self._thread: TaskThread | None = None
+
+    def run(self, fn: Callable[[], T], limit_s: float) -> T:
+        """Return what `fn` returns, raising what it raises.
+
+        Args:
+            fn: Runs with the caller's intra-op thread count, on any core.
+            limit_s: Seconds it may take.
+
+        Raises:
+            ExecutionError: If it takes longer; its thread is left behind and the next run gets a new one.
+        """
+        if self._thread is None:
+            self._thread = TaskThread("measure", threads=torch.get_num_threads())
+        future = self._thread.submit(fn)
+        try:
+            return future.result(timeout=limit_s)
+        except FutureTimeoutError:
+            if future.done():
+                raise
+            self._thread = None
+            raise ExecutionError(
+                f"it did not finish within {limit_s:g} s and was left behind in its threads; allow more time or drop it"
+            ) from None
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._thread.close()
+            self._thread = None
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], None]],
+    *,
+    repeats: int,
+    warmup: int,
+    deadline_s: float | Mapping[str, float],
+    progress: Callable[[str, int], None] | None = None,
+    before: Callable[[str], None] | None = None,
+    after: Callable[[str, float], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
+) -> dict[str, list[float]]:
+    """Time runs against each other, round by round.
+
+    Args:
+        runs: Name to what is timed.
+        repeats: Counted rounds.
+        warmup: Rounds before them.
+        deadline_s: Seconds that one run may take; one figure, or one per name.
+        progress: Called with name and round (0 = first warm-up) after every run.
+        before: Called with the name before every run, untimed.
+        after: Called with the name and the milliseconds after every counted run, untimed.
+        failed: Called with the name and the exception of a run that raised or overran; it takes no further part.
+            None = the exception is raised.
+
+    Returns:
+        Name to milliseconds, one per counted round; of a failed run, those before it failed.
+
+    Raises:
+        InputError: If `repeats` is below 1 or `warmup` below 0.
+        Exception: What a run raised, or ExecutionError where it overran, when `failed` is None.
+    """
+    if repeats < 1 or warmup < 0:
+        raise InputError(f"repeats {repeats} and warmup {warmup} make no measurement; use repeats >= 1 and warmup >= 0")
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    alive = dict(runs)
+    guard = Guard()
+    try:
+        for number in range(warmup + repeats):
+            for name, run in list(alive.items()):
+                limit_s = deadline_s if isinstance(deadline_s, int | float) else deadline_s[name]
+                if before is not None:
+                    before(name)
+                try:
+                    elapsed_ms = guard.run(lambda run=run: _time_ms(run), limit_s)  # type: ignore[misc]
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed(name, error)
+                    del alive[name]
+                    continue
+                if number >= warmup:
+                    samples[name].append(elapsed_ms)
+                    if after is not None:
+                        after(name, elapsed_ms)
+                if progress is not None:
+                    progress(name, number)
+    finally:
+        guard.close()
+    return samples
+
+
+def _time_ms(run: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def summary(samples: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the interquartile range.
+
+    Raises:
+        InputError: If there are no samples.
+    """
+    if not len(samples):
+        raise InputError("there are no samples to summarise; measure at least once")
+    low, median, high = np.percentile(np.asarray(samples, float), [25, 50, 75])
+    return float(median), float(high - low)
+
+
+def pair_ratios(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Return the median of a_i / b_i and its quartiles; above 1, b is faster.
+
+    Raises:
+        InputError: If the series are empty or of different length.
+    """
+    if len(a) != len(b) or not len(a):
+        raise InputError(f"{len(a)} and {len(b)} samples do not pair; measure both in the same interleaved run")
+    low, median, high = np.percentile(np.asarray(a, float) / np.asarray(b, float), [25, 50, 75])
+    return float(median), (float(low), float(high))
+
+
+def aa_noise(samples_a: Sequence[float], samples_a2: Sequence[float]) -> float:
+    """Return the noise between two series of the same thing, as a fraction (0.03 = three percent)."""
+    median, (low, high) = pair_ratios(samples_a, samples_a2)
+    return max(abs(median - 1.0), (high - low) / 2.0)
