@@ -74,11 +74,13 @@ class PlacementActorCritic(MaskableActorCriticPolicy):
 
     def get_distribution(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> MaskableDistribution:
         """Return the masked distribution over devices."""
+        assert isinstance(obs, torch.Tensor)
         embeddings, pooled = self.network.embed(obs)
         return self._masked(self.network.scores(embeddings, pooled), action_masks)
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """Return the values of states, float32[B, 1]."""
+        assert isinstance(obs, torch.Tensor)
         return self.network.value(self.network.embed(obs)[1]).unsqueeze(-1)
 
     def _masked(self, scores: torch.Tensor, action_masks: Any) -> MaskableDistribution:

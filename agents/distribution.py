@@ -161,9 +161,9 @@ def _graph(random: Generator, shape: Shape) -> OpGraph:
         names=[f"op{i}" for i in range(ops)],
         edges=[(p, consumers, share * size[p]) for p, consumers, share in shape.edges],
         kinds=shape.kinds,
-        weight_bytes=weights.astype(np.int64),
-        activation_bytes=(size * random.uniform(0.5, 4.0)).astype(np.int64),
-        frees=np.full(ops, random.random() < 0.25),
+        weight_bytes=weights.astype(np.int64).tolist(),
+        activation_bytes=(size * random.uniform(0.5, 4.0)).astype(np.int64).tolist(),
+        frees=[bool(random.random() < 0.25)] * ops,
         colocate=colocate.tolist(),
     )
 

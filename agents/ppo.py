@@ -28,6 +28,10 @@ from .actor_critic import PlacementActorCritic
 __all__ = ["PpoConfig", "PpoTrainer"]
 
 
+NEVER = 10**9
+"""Interval at which stable-baselines3 would clear what was logged."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig:
     """Hyperparameters of PPO."""
@@ -128,7 +132,7 @@ class PpoTrainer:
         if self.optimizer_state is not None:
             policy.optimizer.load_state_dict(dict(self.optimizer_state))
         watch = _Watch(self, policy)
-        model.learn(config.chunk_steps, callback=watch, log_interval=None)
+        model.learn(config.chunk_steps, callback=watch, log_interval=NEVER)
         watch.finish()
         self.network.load_tensors(policy.network.tensors())
         self.optimizer_state = policy.optimizer.state_dict()

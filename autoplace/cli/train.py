@@ -27,9 +27,7 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for policy, checkpoints and records.")],
     stage: Annotated[
         list[str] | None,
-        typer.Option(
-            "--stage", help="imitate, simulate or measure; repeatable. Default: all, measure if a --model is."
-        ),
+        typer.Option("--stage", help="imitate, simulate or measure; repeatable. Default: all that can run."),
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option("--model", help="Model factory file.py:function to train on; repeatable.")
@@ -117,12 +115,7 @@ def _models(
     from autoplace.cli.factory import load_workload
     from autoplace.hardware.cluster import Cluster
 
-    if cluster_file is not None:
-        cluster = Cluster.load(cluster_file)
-    else:
-        from autoplace.hardware.discover import discover
-
-        cluster = discover()
+    cluster = Cluster.load(cluster_file) if cluster_file is not None else Cluster.discover()
     problems: list[Problem] = []
     measured: list[MeasuredCase] = []
     for spec in specs:

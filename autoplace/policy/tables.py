@@ -10,8 +10,7 @@ device to the end of the graph, every later op on the device that suits it best 
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -103,80 +102,98 @@ def build_tables(problem: Problem) -> Tables:
     Returns:
         Tables; everything is a function of the problem alone.
     """
-    graph, devices = problem.graph, problem.num_devices
+    from autoplace.policy.statics import static_features
+
+    topological = problem.graph.topological_order.astype(np.int64)
+    order = _classes(problem, topological)
+    graph = _graph_arrays(problem, order)
+    hardware = _hardware_arrays(problem)
+    costs = _cost_arrays(problem, order, topological, graph, hardware)
+    memory, limited = _memory(problem, order, costs["can_run"])
+    flags = [
+        problem.objective.goal == "throughput",
+        problem.semantics.transfers == "blocking",
+        problem.semantics.contention == "link",
+        bool(hardware["connected"].all()),
+        limited,
+    ]
+    horizon = _finite_min(costs["latency"] + costs["tail"]).max(initial=0.0)
+    totals = [costs["class_min"].sum(), costs["class_min_energy"].sum()]
+    numbers = [problem.objective.energy_weight, horizon, *totals]
+    empty = np.zeros((0, 0), np.float32)
+    tables = Tables(
+        **graph, **hardware, **costs, **memory,
+        pair_static=empty, op_static=empty, global_static=empty,
+        flags=np.asarray(flags), numbers=np.asarray(numbers),
+    )  # fmt: skip
+    pair, op, whole = static_features(problem, tables, topological)
+    return tables._replace(pair_static=pair, op_static=op, global_static=whole)
+
+
+def _graph_arrays(problem: Problem, order: list[NDArray[np.int64]]) -> dict[str, Any]:
+    graph = problem.graph
+    class_of = np.empty(graph.num_ops, np.int32)
+    for index, ops in enumerate(order):
+        class_of[ops] = index
     in_offsets, in_tensors = _incoming(problem)
     out_offsets, out_tensors = _group_by(graph.tensor_producer, graph.num_ops)
-    latency = pass_latency(problem)
-    link_latency, inverse = transfer_times(problem)
-    topological = graph.topological_order.astype(np.int64)
-    tail = _tails(
-        topological, out_offsets, out_tensors, graph.tensor_bytes, graph.consumer_offsets, graph.consumers,
-        latency, link_latency, inverse,
-    )  # fmt: skip
-    best = _finite_min(latency + tail)
-    order = _classes(problem, topological)
-    class_of = np.empty(graph.num_ops, np.int32)
-    for index, members in enumerate(order):
-        class_of[members] = index
-    class_latency = np.stack([latency[m].sum(axis=0) for m in order])
-    idle = np.asarray([d.idle_watts or 0.0 for d in problem.cluster.devices])
-    dynamic = np.maximum([(d.busy_watts or 0.0) - (d.idle_watts or 0.0) for d in problem.cluster.devices], 0.0)
-    can_run = np.isfinite(class_latency)
-    class_min = _finite_min(class_latency)
-    class_mean = np.where(can_run, class_latency, 0.0).sum(axis=1) / np.maximum(can_run.sum(axis=1), 1)
-    need, certificate, pack_order, limited = _memory(problem, order, can_run)
-    min_energy = _finite_min(np.where(can_run, class_latency, np.inf) * np.maximum(dynamic, TINY))
-    connected = np.isfinite(inverse)
-    floor = max(1e-3 * float(class_mean.mean()), TINY)
-    semantics = problem.semantics
     read = np.diff(graph.consumer_offsets) > 0
-    members = np.concatenate(order).astype(np.int32)
-    tables = Tables(
-        class_offsets=np.concatenate([[0], np.cumsum([len(m) for m in order])]).astype(np.int64),
-        class_members=members,
-        class_of=class_of,
-        in_offsets=in_offsets,
-        in_tensors=in_tensors,
-        out_offsets=out_offsets,
-        out_tensors=out_tensors,
-        tensor_producer=graph.tensor_producer,
-        tensor_bytes=graph.tensor_bytes,
-        consumer_offsets=graph.consumer_offsets,
-        consumers=graph.consumers,
-        latency=latency,
-        tail=tail,
-        class_latency=class_latency,
-        class_scale=np.maximum(class_mean, floor),
-        class_min=class_min,
-        class_min_energy=min_energy,
-        can_run=can_run,
-        need=need,
-        need_after=np.cumsum(need[::-1])[::-1].copy(),
-        class_bytes=np.bincount(class_of[graph.tensor_producer], graph.tensor_bytes * read, minlength=len(order)),
-        capacity=np.asarray([d.memory_bytes for d in problem.cluster.devices], np.float64),
-        pack_order=pack_order,
-        certificate=certificate,
-        link_latency=link_latency,
-        link_inverse=inverse,
-        connected=connected,
-        idle_watts=idle,
-        dynamic_watts=dynamic,
-        pair_static=np.zeros((len(order), devices, 5), np.float32),
-        op_static=np.zeros((len(order), 6), np.float32),
-        global_static=np.zeros(12, np.float32),
-        flags=np.asarray(
-            [
-                problem.objective.goal == "throughput",
-                semantics.transfers == "blocking",
-                semantics.contention == "link",
-                bool(connected.all()),
-                limited,
-            ]
-        ),
-        numbers=np.asarray([problem.objective.energy_weight, best.max(initial=0.0), class_min.sum(), min_energy.sum()]),
-    )
-    _fill_statics(problem, tables, best, topological)
-    return tables
+    made = np.bincount(class_of[graph.tensor_producer], graph.tensor_bytes * read, minlength=len(order))
+    return {
+        "class_offsets": np.concatenate([[0], np.cumsum([len(m) for m in order])]).astype(np.int64),
+        "class_members": np.concatenate(order).astype(np.int32),
+        "class_of": class_of,
+        "in_offsets": in_offsets,
+        "in_tensors": in_tensors,
+        "out_offsets": out_offsets,
+        "out_tensors": out_tensors,
+        "tensor_producer": graph.tensor_producer,
+        "tensor_bytes": graph.tensor_bytes,
+        "consumer_offsets": graph.consumer_offsets,
+        "consumers": graph.consumers,
+        "class_bytes": made.astype(np.float64),
+    }
+
+
+def _hardware_arrays(problem: Problem) -> dict[str, Any]:
+    devices = problem.cluster.devices
+    link_latency, inverse = transfer_times(problem)
+    return {
+        "capacity": np.asarray([d.memory_bytes for d in devices], np.float64),
+        "link_latency": link_latency,
+        "link_inverse": inverse,
+        "connected": np.isfinite(inverse),
+        "idle_watts": np.asarray([d.idle_watts or 0.0 for d in devices]),
+        "dynamic_watts": np.maximum([(d.busy_watts or 0.0) - (d.idle_watts or 0.0) for d in devices], 0.0),
+    }
+
+
+def _cost_arrays(
+    problem: Problem,
+    order: list[NDArray[np.int64]],
+    topological: NDArray[np.int64],
+    graph: dict[str, Any],
+    hardware: dict[str, Any],
+) -> dict[str, Any]:
+    latency = pass_latency(problem)
+    class_latency = np.stack([latency[m].sum(axis=0) for m in order])
+    can_run = np.isfinite(class_latency)
+    mean = np.where(can_run, class_latency, 0.0).sum(axis=1) / np.maximum(can_run.sum(axis=1), 1)
+    # Ops of no cost would make every time infinite in their own unit.
+    floor = max(1e-3 * float(mean.mean()), TINY)
+    tail = _tails(
+        topological, graph["out_offsets"], graph["out_tensors"], graph["tensor_bytes"], graph["consumer_offsets"],
+        graph["consumers"], latency, hardware["link_latency"], hardware["link_inverse"],
+    )  # fmt: skip
+    return {
+        "latency": latency,
+        "tail": tail,
+        "class_latency": class_latency,
+        "class_scale": np.maximum(mean, floor),
+        "class_min": _finite_min(class_latency),
+        "class_min_energy": _finite_min(class_latency * np.maximum(hardware["dynamic_watts"], TINY)),
+        "can_run": can_run,
+    }
 
 
 def pass_latency(problem: Problem) -> NDArray[np.float64]:
@@ -333,97 +350,28 @@ def pack(pack_order, need, can_run, left, first, skip, assignment):
 
 def _memory(
     problem: Problem, order: list[NDArray[np.int64]], can_run: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32], bool]:
-    """Return need, certificate, pack order and whether memory is limited.
+) -> tuple[dict[str, Any], bool]:
+    """Return need, order of packing and certificate, and whether memory is limited.
 
     Activations that are freed early count in full where everything fits that way; else not at all, and the evaluator,
     which knows what lives when, has the last word.
     """
     graph = problem.graph
-    held = graph.weight_bytes + np.where(graph.frees, 0, graph.activation_bytes)
     capacity = np.asarray([d.memory_bytes for d in problem.cluster.devices], np.float64)
     limited = bool(np.isfinite(capacity).any())
-    certificate = np.full(len(order), -1, np.int32)
-    result = None
+    held = graph.weight_bytes + np.where(graph.frees, 0, graph.activation_bytes)
     for amounts in (graph.weight_bytes + graph.activation_bytes, held):
         need = np.asarray([amounts[m].sum() for m in order], np.float64)
         pack_order = np.argsort(-need, kind="stable").astype(np.int32)
-        found = certificate.copy()
-        if not limited or pack(pack_order, need, can_run, capacity.copy(), 0, -1, found):
-            return need, found if limited else certificate, pack_order, limited
-        result = need, certificate, pack_order, limited
-    assert result is not None
-    return result
-
-
-def _fill_statics(problem: Problem, tables: Tables, best: NDArray[np.float64], topological: NDArray[np.int64]) -> None:
-    """Fill the features that never change during a placement, see the table in `policy.features`."""
-    scale = tables.class_scale[:, None]
-    can_run = tables.can_run
-    latency = np.where(can_run, tables.class_latency, 0.0)
-    least = np.maximum(tables.class_min, 1e-3 * tables.class_scale)
-    ratio = np.where(can_run, np.log(np.maximum(latency, least[:, None]) / least[:, None]), 5.0)
-    pair, op, glob = tables.pair_static, tables.op_static, tables.global_static
-    pair[:, :, 0] = np.minimum(ratio, 5.0)
-    pair[:, :, 1] = np.where(can_run, np.clip(latency / scale - 1.0, -1.0, 5.0), 5.0)
-    slowness = ratio.mean(axis=0)
-    pair[:, :, 2] = np.minimum(slowness - slowness.min(), 5.0)
-    if problem.objective.energy_weight > 0:
-        energy = np.log(np.maximum(latency * tables.dynamic_watts, TINY))
-        gap = energy - np.where(can_run, energy, np.inf).min(axis=1, keepdims=True)
-        pair[:, :, 3] = np.where(can_run & np.isfinite(gap), np.clip(gap, 0.0, 5.0), 5.0)
-    pair[:, :, 4] = _affinity(tables, ratio)
-    depth = _depths(topological, tables)
-    lead = tables.class_members[tables.class_offsets[:-1]]
-    critical = max(float(tables.numbers[1]), TINY)
-    lat, inverse = mean_link(problem)
-    fan_out = np.bincount(problem.graph.edge_list[:, 0], minlength=problem.num_ops)[lead]
-    transfer = np.where(fan_out > 0, lat + tables.class_bytes * inverse, 0.0)
-    op[:, 0] = np.clip((depth[lead] + best[lead]) / critical, 0.0, 2.0)
-    op[:, 1] = np.clip(np.log(tables.class_scale / max(float(tables.class_scale.mean()), TINY)), -5.0, 5.0)
-    op[:, 2] = np.clip(np.log1p(transfer / tables.class_scale), 0.0, 8.0)
-    op[:, 3] = np.clip(np.log1p(fan_out) / 2.0, 0.0, 3.0)
-    op[:, 4] = np.clip(np.log1p(np.diff(tables.in_offsets)[lead]) / 2.0, 0.0, 3.0)
-    op[:, 5] = can_run.mean(axis=1)
-    semantics, work = problem.semantics, max(float(tables.numbers[2]), TINY)
-    glob[:] = [
-        problem.objective.goal == "throughput",
-        semantics.transfers == "blocking",
-        semantics.route == "host",
-        semantics.contention == "link",
-        semantics.queue == "priority",
-        problem.objective.energy_weight,
-        min(math.log2(semantics.microbatches), 6.0) / 2.0,
-        min(math.log2(problem.num_devices), 6.0) / 2.0,
-        min(math.log(len(scale)), 12.0) / 4.0,
-        float(np.clip(math.log(work / critical), -5.0, 5.0)),
-        float(np.clip(math.log1p(float(transfer.sum()) / work), 0.0, 8.0)),
-        min(float(slowness.max() - slowness.min()), 5.0),
-    ]
-
-
-def _affinity(tables: Tables, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return how badly each device suits the consumers of a class, mean of log(latency / least), float64[C, D]."""
-    producers = tables.class_of[tables.tensor_producer]
-    per_tensor = np.diff(tables.consumer_offsets)
-    sources = np.repeat(producers, per_tensor)
-    total, count = np.zeros_like(ratio), np.zeros(len(ratio))
-    np.add.at(total, sources, np.minimum(ratio, 5.0)[tables.class_of[tables.consumers]])
-    np.add.at(count, sources, 1.0)
-    return total / np.maximum(count, 1.0)[:, None]
-
-
-def _depths(topological: NDArray[np.int64], tables: Tables) -> NDArray[np.float64]:
-    """Return the earliest start of each op when every op runs where it is fastest and transfers are free, ms."""
-    least = _finite_min(tables.latency)
-    depth = np.zeros(len(least))
-    _longest_paths(topological, tables.in_offsets, tables.in_tensors, tables.tensor_producer, least, depth)
-    return depth
-
-
-@numba.njit(cache=True)
-def _longest_paths(topological, in_offsets, in_tensors, tensor_producer, least, depth):
-    for op in topological:
-        for k in range(in_offsets[op], in_offsets[op + 1]):
-            producer = tensor_producer[in_tensors[k]]
-            depth[op] = max(depth[op], depth[producer] + least[producer])
+        certificate = np.full(len(order), -1, np.int32)
+        packed = limited and pack(pack_order, need, can_run, capacity.copy(), 0, -1, certificate)
+        if packed or not limited:
+            break
+        certificate[:] = -1
+    arrays = {
+        "need": need,
+        "need_after": np.cumsum(need[::-1])[::-1].copy(),
+        "pack_order": pack_order,
+        "certificate": certificate,
+    }
+    return arrays, limited
