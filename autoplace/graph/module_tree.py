@@ -8,7 +8,7 @@ without operations of its own whose children are numbered is taken for a contain
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ class ModuleTree:
     def __init__(self, graph: OpGraph, called: Collection[str] | None = None) -> None:
         self.cost: dict[str, float] = {"": 0.0}
         self.weight_bytes: dict[str, int] = {"": 0}
+        self.runs: dict[str, int] = {"": 1}
+        """How many stretches of execution a module has; consecutive calls are one."""
         self._own, self._called = set(graph.modules), called
         self.children: dict[str, list[str]] = {"": []}
         for path, cost, weight in zip(graph.modules, op_cost(graph), graph.weight_bytes, strict=True):
@@ -49,6 +51,18 @@ class ModuleTree:
                     self.children[parent(prefix)].append(prefix)
                 self.cost[prefix] += float(cost)
                 self.weight_bytes[prefix] += int(weight)
+
+        self._count_runs([graph.modules[op] for op in graph.topological_order])
+
+    def _count_runs(self, modules: Sequence[str]) -> None:
+        latest: dict[str, str] = {}
+        for module in modules:
+            fresh = False
+            for path in prefixes(module)[1:]:
+                above = parent(path)
+                fresh = fresh or latest.get(above) != path
+                latest[above] = path
+                self.runs[path] = self.runs.get(path, 0) + int(fresh)
 
     def is_called(self, path: str) -> bool:
         """Whether a module is called, as far as is known."""
@@ -73,19 +87,22 @@ class ModuleTree:
         """Return an antichain of called modules, dividing the costliest module first.
 
         Args:
-            max_groups: More modules than this are made only by a division that starts with half as many or fewer;
-                `coarsen` then merges neighbours.
+            max_groups: More runs than this are made only by dividing a list of modules that run once each, when there
+                are half as many or fewer; `coarsen` then merges neighbours.
             min_cost_fraction: Modules cheaper than this part of the model are not divided.
         """
         least = min_cost_fraction * self.cost[""]
-        chosen = {""}
+        chosen, count = {""}, 1
         heap: list[tuple[float, str]] = [(-self.cost[""], "")]
         while heap and max_groups > 1:
             _, path = heapq.heappop(heap)
             parts = self.parts(path, least / 8)
-            fits = len(chosen) - 1 + len(parts) <= max_groups or 2 * len(chosen) <= max_groups
+            more = sum(self.runs[part] for part in parts) - self.runs[path]
+            once = all(self.runs[part] == 1 for part in parts)
+            fits = count + more <= max_groups or (once and 2 * count <= max_groups)
             if self.cost[path] < least or not fits or not self._worthwhile(path, parts):
                 continue
+            count += more
             chosen.remove(path)
             chosen.update(parts)
             for part in parts:
