@@ -177,9 +177,7 @@ class SimulatedEvaluator:
         names = [d.name for d in self.problem.cluster.devices]
         if status != kernels.FEASIBLE:
             memory = dict(zip(names, peak_bytes, strict=True)) if status == kernels.MEMORY else {}
-            reason = (
-                why_not_runnable(self.problem, arrays, plans[0]) or why_too_large(self.problem, arrays)
-            )
+            reason = why_not_runnable(self.problem, arrays, plans[0]) or why_too_large(self.problem, arrays)
             return Outcome(source="simulated", feasible=False, reason=reason, peak_memory_bytes=memory)
         known = not np.isnan(energy_j)
         return Outcome(

@@ -2,8 +2,8 @@
 
 Running a share s of the batch takes overhead + s * (latency - overhead); tensors, activations, FLOPs and bytes moved
 shrink with s. Weights do not: an op's weights lie once on every device that holds a copy of it, and are counted with
-the first part that puts it there. Ops of kind `barrier` (the loss of a training graph) exist once, at the full batch and
-on the first part's device, and all parts share them: what enters and leaves a barrier is each part's share.
+the first part that puts it there. Ops of kind `barrier` (the loss of a training graph) exist once, at the full batch
+and on the first part's device, and all parts share them: what enters and leaves a barrier is each part's share.
 
 Order: part by part, and within a part the graph's own order; so ties in the simulator fall to the earlier part, and the
 microbatches of a replica keep their order. It does not know the gradient sum over replicas: parameters are shared.

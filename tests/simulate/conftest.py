@@ -23,7 +23,7 @@ def reference():
 
 @pytest.fixture(scope="session")
 def random_problem():
-    """A function: (seed, semantics, objective) to (problem, random assignments). Times are dyadic, so ties are exact."""
+    """A function: (seed, semantics, objective…) to (problem, assignments). Times are dyadic, so ties are exact."""
 
     def build(seed: int, *, semantics: Semantics, objective: Objective, ops: int, devices: int, pressure: bool):
         rng = np.random.default_rng(seed)

@@ -74,9 +74,7 @@ def test_equals_the_reference_on_a_larger_graph(reference, random_problem, mode)
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
 def test_the_best_of_all_assignments_equals_the_references(reference, random_problem, mode):
-    problem, _ = random_problem(
-        11, semantics=Semantics(**mode), objective=Objective(), ops=5, devices=3, pressure=True
-    )
+    problem, _ = random_problem(11, semantics=Semantics(**mode), objective=Objective(), ops=5, devices=3, pressure=True)
     plans = np.asarray(list(itertools.product(range(3), repeat=5)), np.int32)
     scores = SimulatedEvaluator(problem).score(plans)
     wanted = [reference.evaluate(problem, plan).objective for plan in plans]

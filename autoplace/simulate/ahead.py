@@ -1,0 +1,85 @@
+"""The simulator's fast loop, without events: for transfers that occupy no device and wait for nobody else's.
+
+An op's finish then says at once when its results arrive. The rules are those of `kernels`.
+"""
+
+from __future__ import annotations
+
+from autoplace.simulate.primitives import IDLE, INF, carry, inline, push, take
+
+__all__ = ["foresee", "simulate_ahead"]
+
+
+@inline
+def foresee(ops, devices, queue, op, when):
+    """Do as `supply` does, and bring forward the moment at which the op's device starts its next one."""
+    if when > ops[op].ready_ms:
+        ops[op].ready_ms = when
+    ops[op].missing -= 1
+    if ops[op].missing == 0:
+        d, ready = ops[op].device, ops[op].ready_ms
+        push(queue, devices[d].queue_base, devices[d].queue_size, ready, op)
+        devices[d].queue_size += 1
+        devices[d].next_ms = min(devices[d].next_ms, max(devices[d].until_ms, ready))
+
+
+@inline
+def _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, op):
+    """Send what an op produces as soon as its finish is known: rules 3 to 5 without an event."""
+    s, now, host = ops[op].device, ops[op].finish_ms, len(devices)
+    sent, out_end = -1, 0.0
+    for k in range(ops[op].first_edge, ops[op].last_edge):
+        consumer, tensor = edges[k].consumer, edges[k].tensor
+        d = ops[consumer].device
+        if d == s:
+            foresee(ops, devices, queue, consumer, now)
+            continue
+        if devices[d].stamp != tensor:
+            devices[d].stamp = tensor
+            if not rules[0].host:
+                devices[d].arrival_ms = carry(rules, tensors, links, log, tensor, s, d, now)
+            else:
+                if sent != tensor:
+                    sent = tensor
+                    out_end = now if devices[s].stays else carry(rules, tensors, links, log, tensor, s, host, now)
+                devices[d].arrival_ms = out_end
+                if not devices[d].stays:
+                    devices[d].arrival_ms = carry(rules, tensors, links, log, tensor, host, d, out_end)
+        foresee(ops, devices, queue, consumer, devices[d].arrival_ms)
+
+
+@inline
+def simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue, urgent, log):
+    """Run one pass without events; return its makespan, ms.
+
+    Ops are started in the order of their start, all that start at one moment before any of them sends: the same rounds
+    as those of the event loop.
+    """
+    makespan = 0.0
+    for _ in range(len(ops)):
+        now = INF
+        for d in range(len(devices)):
+            now = min(now, devices[d].next_ms)
+        if now == INF:
+            return makespan if rules[0].finished == len(ops) else INF
+        for d in range(len(devices)):
+            devices[d].running = IDLE
+            if devices[d].next_ms == now:
+                op = take(rules, ops, devices, queue, urgent, d, now)
+                took = latency_ms[op, d]
+                devices[d].running = op
+                devices[d].until_ms = now + took
+                devices[d].busy_ms += took
+                devices[d].next_ms = INF
+                if devices[d].urgent_size > 0:
+                    devices[d].next_ms = devices[d].until_ms
+                elif devices[d].queue_size > 0:
+                    devices[d].next_ms = max(devices[d].until_ms, queue[devices[d].queue_base].key)
+                ops[op].start_ms = now
+                ops[op].finish_ms = now + took
+                makespan = max(makespan, now + took)
+                rules[0].finished += 1
+        for d in range(len(devices)):
+            if devices[d].running != IDLE:
+                _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, devices[d].running)
+    return makespan
