@@ -40,6 +40,7 @@ SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """What holds while we call MLflow, unless the user set it. Its own patience, 7 retries of 120 s, blocks for minutes."""
 LOCK_TIMEOUT_S = 120.0
@@ -178,11 +179,9 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def _open_database(uri: str, path: Path) -> None:
-    """Let MLflow create what is missing; migrate the database if it is ours and old."""
+    """Let MLflow create what is missing; migrate the database if it is ours and of an older version."""
     from mlflow.exceptions import MlflowException
-    from mlflow.store.db import utils
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from sqlalchemy.exc import SQLAlchemyError
 
     artifacts = (path.parent / "artifacts").as_uri()
     try:
@@ -193,11 +192,25 @@ def _open_database(uri: str, path: Path) -> None:
                 raise
             if uri != default_tracking_uri():
                 raise TrackingError(
-                    f"{path} is of an older MLflow; back it up and run `mlflow db upgrade {uri}`"
+                    f"{path} is of another version of MLflow; back it up and run `mlflow db upgrade {uri}`"
                 ) from None
-            shutil.copy2(path, f"{path}.before-upgrade-{int(time.time())}")
-            utils._upgrade_db(utils.create_sqlalchemy_engine_with_retry(uri))
+            _migrate(uri, path)
             SqlAlchemyStore(uri, artifacts)
-    except (MlflowException, SQLAlchemyError) as error:
+    except TrackingError:
+        raise
+    except Exception as error:  # MLflow, SQLAlchemy and Alembic each raise their own
         reason = str(error).splitlines()[0]
         raise TrackingError(f"{path} cannot be opened as an MLflow store ({reason}); name another one") from None
+
+
+def _migrate(uri: str, path: Path) -> None:
+    """Migrate a database to this MLflow's schema; the old one stays beside it, as migrations can fail halfway."""
+    from mlflow.store.db import utils
+
+    backup = Path(f"{path}.before-upgrade-{int(time.time())}")
+    shutil.copy2(path, backup)
+    try:
+        utils._upgrade_db(utils.create_sqlalchemy_engine_with_retry(uri))
+    except BaseException:
+        shutil.move(backup, path)
+        raise

@@ -104,6 +104,7 @@ def _environment() -> dict[str, str]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore",
+        "PYTHONSAFEPATH": "1",  # `-m` would import modules of the folder in which we were started
     }
     return {**quiet, **os.environ}
 

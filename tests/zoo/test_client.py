@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -108,3 +109,17 @@ def test_a_file_that_is_no_database_is_one_sentence(tmp_path):
     (tmp_path / "text.db").write_text("this is a text and no database, which sqlite will notice\n" * 20)
     with pytest.raises(TrackingError, match="cannot be opened as an MLflow store"):
         ensure_store(f"sqlite:///{tmp_path / 'text.db'}")
+
+
+@pytest.mark.parametrize(("usual", "message"), [(True, "cannot be opened"), (False, "mlflow db upgrade")])
+def test_a_database_of_another_mlflow_is_not_broken(store_uri, tmp_path, data_dir, usual, message):
+    path = (data_dir if usual else tmp_path) / "mlflow.db"
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(store_uri.removeprefix("sqlite:///"), path)
+    with sqlite3.connect(path) as database:
+        database.execute("update alembic_version set version_num = 'ffffffffffff'")
+    before = path.read_bytes()
+    with pytest.raises(TrackingError, match=message):
+        ensure_store(f"sqlite:///{path}")
+    assert path.read_bytes() == before
+    assert {p.name for p in path.parent.glob("mlflow.db*")} == {"mlflow.db", "mlflow.db.lock"}
