@@ -36,7 +36,7 @@ NEVER = 10**9
 class PpoConfig:
     """Hyperparameters of PPO."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     envs: int = 16
     """Environments stepped together."""
     steps: int = 256
@@ -47,7 +47,7 @@ class PpoConfig:
     """Passes over the collected steps."""
     gae_lambda: float = 0.97
     clip_range: float = 0.2
-    entropy: float = 0.003
+    entropy: float = 0.004
     """Weight of the entropy bonus."""
     value: float = 0.5
     """Weight of the value loss."""

@@ -73,7 +73,7 @@ class TrainConfig:
     """Held-out problems of the final evaluation."""
     hidden: int = 32
     """Width of the network."""
-    ppo: PpoConfig = field(default_factory=lambda: PpoConfig(learning_rate=1e-3))
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     start: Path | None = None
     """Policy directory to start from; None = fresh weights."""
     resume: bool = False

@@ -106,9 +106,9 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
     | 7-17 | (max_devices, 11) | -10 | 10 | partial schedule: start, finish, path to the end, objective, transfers |
     | 18-21 | (max_devices, 4) | 0 | 1 | neighbours on the device, and where the last class went |
     | 22-26 | (max_devices, 5) | -10 | 10 | load of the device and of the links to it |
-    | 27-30 | (max_devices, 4) | -5 | 10 | memory left, links to the others |
-    | 31-41 | (max_devices, 11) | -5 | 8 | progress, and the class: criticality, weight, fan-in and fan-out |
-    | 42-53 | (max_devices, 12) | -5 | 8 | objective, semantics, size and shape of the problem |
+    | 27-31 | (max_devices, 5) | -5 | 10 | memory left, links to the others, all the rest on this device |
+    | 32-42 | (max_devices, 11) | -5 | 8 | progress, and the class: criticality, weight, fan-in and fan-out |
+    | 43-54 | (max_devices, 12) | -5 | 8 | objective, semantics, size and shape of the problem |
 
     `autoplace.policy.features.FEATURES` names every column. The last observation of an episode is all zeros.
 

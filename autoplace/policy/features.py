@@ -75,6 +75,7 @@ PAIR_FEATURES = (
     ("memory_need", "need of the class over memory left; 0 when unlimited"),
     ("memory_share", "slog of memory left after over a fair share of what is still needed, less 1; 5 when unlimited"),
     ("send_cost", "log(1 + mean time to send the output to another device / mean latency)"),
+    ("rest_here", "log of load plus this and all later classes, all here, over the present guess at the whole time"),
 )
 SHARED_FEATURES = (
     ("progress", "fraction of the least work decided"),
@@ -229,6 +230,7 @@ def _fill_loads(tables, state, current, mask, out):
     scratch, numbers = state.scratch, state.numbers
     unit, devices = tables.class_scale[current], mask.shape[0]
     balanced = max((state.load.sum() + numbers[REMAINING]) / devices, TINY)
+    whole = max(balanced, numbers[MAX_LOAD] if tables.flags[0] else numbers[HORIZON])
     free, load = _least(state.free, mask), _least(scratch[5], mask)
     for d in range(devices):
         out[d, 21] = 1.0 if int(numbers[LAST]) == d else 0.0
@@ -237,6 +239,8 @@ def _fill_loads(tables, state, current, mask, out):
         out[d, 24] = _scaled(scratch[5, d] - load, unit)
         out[d, 25] = _scaled(scratch[5, d] - numbers[MAX_LOAD], unit)
         out[d, 26] = _scaled(scratch[7, d] - numbers[MAX_LINK], unit)
+        rest = state.load[d] + tables.rest_latency[current, d]
+        out[d, 31] = _clip(math.log(max(min(rest, 1e6 * whole), TINY) / whole), 5.0)
 
 
 @numba.njit(cache=True)
@@ -302,16 +306,16 @@ def _fill_shared(tables, state, current, op, out):
         if tables.can_run[current, d]:
             tail = min(tail, tables.tail[op, d])
     row = out[0]
-    row[31] = _clip(1.0 - numbers[REMAINING] / max(tables.numbers[2], TINY), 1.0)
-    row[32] = _clip(tail / horizon, 1.0) if np.isfinite(tail) else 1.0
-    row[33] = _clip(math.log(horizon / balanced), 5.0)
+    row[32] = _clip(1.0 - numbers[REMAINING] / max(tables.numbers[2], TINY), 1.0)
+    row[33] = _clip(tail / horizon, 1.0) if np.isfinite(tail) else 1.0
+    row[34] = _clip(math.log(horizon / balanced), 5.0)
     left = state.left.sum()
-    row[34] = _clip(tables.need_after[current] / max(left, 1.0), 2.0) if np.isfinite(left) else 0.0
-    row[35] = _clip(numbers[MAX_LINK] / balanced, 5.0)
-    row[36:42] = tables.op_static[current]
-    row[42:54] = tables.global_static
+    row[35] = _clip(tables.need_after[current] / max(left, 1.0), 2.0) if np.isfinite(left) else 0.0
+    row[36] = _clip(numbers[MAX_LINK] / balanced, 5.0)
+    row[37:43] = tables.op_static[current]
+    row[43:55] = tables.global_static
     for d in range(1, devices):
-        out[d, 31:] = row[31:]
+        out[d, 32:] = row[32:]
 
 
 @numba.njit(cache=True)

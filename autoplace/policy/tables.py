@@ -52,6 +52,8 @@ class Tables(NamedTuple):
     """float64[N, D], ms from the op's end there to the end of the graph, at best."""
     class_latency: NDArray[np.float64]
     """float64[C, D], ms; inf = cannot run there."""
+    rest_latency: NDArray[np.float64]
+    """float64[C, D], ms of this class and all later ones on one device; inf when one of them cannot run there."""
     class_scale: NDArray[np.float64]
     """float64[C], ms: mean latency over the devices that can run the class, the unit of its local features."""
     class_min: NDArray[np.float64]
@@ -189,6 +191,7 @@ def _cost_arrays(
         "latency": latency,
         "tail": tail,
         "class_latency": class_latency,
+        "rest_latency": np.cumsum(class_latency[::-1], axis=0)[::-1].copy(),
         "class_scale": np.maximum(mean, floor),
         "class_min": _finite_min(class_latency),
         "class_min_energy": _finite_min(class_latency * np.maximum(hardware["dynamic_watts"], TINY)),
