@@ -76,7 +76,7 @@ def score_devices(weights, features, scores):
     """Fill float32[D] scores from float32[D, F] features; every row is a device."""
     devices, hidden = features.shape[0], weights.embed1_bias.shape[0]
     shared, first = weights.embed1_bias.copy(), np.empty(hidden, np.float32)
-    _add_product(features[0], weights.embed1_shared, NUM_PAIR, shared)
+    _add_product(features[0], weights.embed1_shared, weights.embed1_pair.shape[0], shared)
     embedding = np.empty((devices, hidden), np.float32)
     pooled = np.zeros(2 * hidden, np.float32)
     for d in range(devices):
@@ -136,13 +136,12 @@ def _choose(scores, mask, temperature, random):
 
 
 @numba.njit(cache=True)
-def _roll(tables, state, weights, count, temperature, random, out):
+def _roll(tables, state, weights, temperature, random, features, out):
     classes, devices = tables.can_run.shape
     mask = np.zeros(devices, np.bool_)
-    features = np.zeros((devices, NUM_FEATURES), np.float32)
     scores = np.empty(devices, np.float32)
     whole = 0
-    for _ in range(count):
+    for _ in range(out.shape[0]):
         found = begin(tables, state, mask, features)
         while found and int(state.numbers[STEP]) < classes:
             score_devices(weights, features, scores)
@@ -169,5 +168,6 @@ def roll(tables: Tables, weights: Weights, *, count: int, temperature: float, se
     """
     out = np.empty((count, tables.latency.shape[0]), np.int32)
     random = np.random.SeedSequence(seed).generate_state(1, np.uint64) | np.uint64(1)
-    whole = _roll(tables, new_state(tables), weights, count, float(temperature), random, out)
+    features = np.zeros((tables.can_run.shape[1], NUM_FEATURES), np.float32)
+    whole = _roll(tables, new_state(tables), weights, float(temperature), random, features, out)
     return out[:whole]
