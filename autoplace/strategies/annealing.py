@@ -8,7 +8,9 @@ within what each class of co-located ops may use and, as far as it can be known 
 3. two classes exchange their devices;
 4. a border, where the device changes along the topological order, moves by some classes.
 
-A worse candidate is accepted with probability exp(-(J - J_now) / (t J_start)); t falls geometrically over the budget.
+A worse candidate is accepted with probability exp(-(J - J_now) / (t J_start / K)), K being the number of classes. t
+falls geometrically over the budget; where nothing better has come for 50 evaluations a class, it rises to its first
+value and falls again within that number, so that a budget which is large for the problem is not spent in one valley.
 While most candidates are refused they are drawn in batches and scored in one call: those drawn beside an accepted one
 are spent for nothing, which the batch size keeps rare.
 """
@@ -27,10 +29,12 @@ from autoplace.strategies.heuristics import construct, draw_feasible
 
 __all__ = ["AnnealingStrategy"]
 
-_HOT, _COLD = 0.02, 0.0002
-"""First and last temperature, as a part of the start's objective."""
+_HOT, _COLD = 1.0, 0.03
+"""First and last temperature, in units of J_start / K, about what one class weighs."""
 _MAX_BATCH = 16
 """Candidates scored in one call at most."""
+_PATIENCE = 50
+"""Evaluations a class without a gain after which annealing warms up again, and in which it then cools down."""
 _TRIES = 50
 """Draws in a row that may give no new placement before the search ends: nothing else can be reached."""
 
@@ -63,7 +67,7 @@ class AnnealingStrategy(Placer):
                 part = (scorer.clock.progress - begun) / max(1.0 - begun, 1e-9)
             else:
                 part = 1.0 - (limit - scorer.clock.evaluations) / (1000 + 20 * scorer.view.num_classes)
-            if not walk.step(_HOT * (_COLD / _HOT) ** part):
+            if not walk.step(part):
                 break
         known = {a.tobytes(): (j, a) for j, a in [*walk.trail, *starts]}
         return sorted(known.values(), key=lambda pair: pair[0])[: self.keep]
@@ -78,21 +82,31 @@ class _Walk:
         self._moves = _Moves(scorer.view, self._random)
         self._now = scorer.view.gather(start[1])
         self._value = self._best = start[0]
-        self._scale = max(start[0], 1e-300)
+        self._scale = max(start[0] / scorer.view.num_classes, 1e-300)
         self._acceptance = 1.0
+        self._patience = _PATIENCE * scorer.view.num_classes
+        self._cooling: float = np.inf
+        self._stale = 0
+        self._goal = start[0]
         self.trail: Found = [start]
         """Start and every improvement of the best, worst first."""
 
-    def step(self, temperature: float) -> bool:
-        """Score a batch of candidates and go to the first that is accepted; False when there is no candidate."""
+    def step(self, part: float) -> bool:
+        """Score a batch of candidates and go to the first that is accepted; False when there is no candidate.
+
+        Args:
+            part: Part of the budget that is spent, 0 to 1.
+        """
+        temperature = self._temperature(part)
         wanted = min(_MAX_BATCH, max(1, int(0.25 / max(self._acceptance, 1e-9))))
         batch = [
             c for c in (self._moves.draw(self._now) for _ in range(self._scorer.clock.allowed(wanted))) if c is not None
         ]
         if not batch:
             return False
-        view = self._scorer.view
-        assignments = np.stack(batch)[:, view.op_class]
+        self._cooling += len(batch)
+        self._stale += len(batch)
+        assignments = np.stack(batch)[:, self._scorer.view.op_class]
         for candidate, assignment, value in zip(
             batch, assignments, self._scorer.score(assignments).tolist(), strict=True
         ):
@@ -100,11 +114,22 @@ class _Walk:
             self._acceptance += 0.02 * (accepted - self._acceptance)
             if accepted:
                 self._now, self._value = candidate, value
-                if value < self._best:
-                    self._best = value
-                    self.trail.append((value, assignment))
+                self._remember(value, assignment)
                 break
         return True
+
+    def _temperature(self, part: float) -> float:
+        if self._stale > self._patience:
+            self._cooling = self._stale = 0
+            self._goal = self._value
+        return _HOT * (_COLD / _HOT) ** min(part, self._cooling / self._patience)
+
+    def _remember(self, value: float, assignment: NDArray[np.int32]) -> None:
+        if value < self._goal:
+            self._goal, self._stale = value, 0
+        if value < self._best:
+            self._best = value
+            self.trail.append((value, assignment))
 
     def _accepts(self, value: float, temperature: float) -> bool:
         if value <= self._value:

@@ -28,7 +28,7 @@ class RandomStrategy(Placer):
     def search(self, scorer: Scorer, *, seed: int) -> Found:
         """Draw until the budget is spent; without one, 512 times."""
         random = np.random.default_rng(seed)
-        best: Found = []
+        best: dict[bytes, tuple[float, NDArray[np.int32]]] = {}
         drawn = 0
         while scorer.clock.limited or drawn < _SAMPLES:
             count = scorer.clock.allowed(_BATCH)
@@ -39,9 +39,10 @@ class RandomStrategy(Placer):
             if not assignments:
                 break
             values = scorer.score(np.stack(assignments))
-            best += [(float(j), a) for j, a in zip(values, assignments, strict=True) if np.isfinite(j)]
-            best = sorted(best, key=lambda pair: pair[0])[: self.keep]
-        return best
+            able = [(j, a) for j, a in zip(values.tolist(), assignments, strict=True) if np.isfinite(j)]
+            unique = {a.tobytes(): (j, a) for j, a in [*best.values(), *able]}
+            best = dict(sorted(unique.items(), key=lambda item: item[1][0])[: self.keep])
+        return list(best.values())
 
 
 def draw(view: View, random: np.random.Generator) -> NDArray[np.int32] | None:

@@ -15,18 +15,24 @@ from autoplace.strategies.threads import ThreadsStrategy
 if TYPE_CHECKING:
     from autoplace.policy.policy import Policy
 
-__all__ = ["LEARNED", "make_strategy", "portfolio_strategies", "strategy_names"]
+__all__ = ["LEARNED", "make_strategy", "placement_strategy_names", "portfolio_strategies", "strategy_names"]
 
 LEARNED = "learned"
 """Name of the strategy that needs a policy."""
 
-_ALL: tuple[type[Strategy], ...] = (*HEURISTICS, RandomStrategy, AnnealingStrategy, ReplicasStrategy, ThreadsStrategy)
-_KINDS = {kind.name: kind for kind in _ALL}
+_PLACERS: tuple[type[Strategy], ...] = (*HEURISTICS, RandomStrategy, AnnealingStrategy)
+_OTHERS: tuple[type[Strategy], ...] = (ReplicasStrategy, ThreadsStrategy)
+_KINDS: dict[str, type[Strategy]] = {kind.name: kind for kind in _PLACERS + _OTHERS}
 
 
 def strategy_names() -> tuple[str, ...]:
     """Return the names that `make_strategy` knows, `learned` last."""
     return (*_KINDS, LEARNED)
+
+
+def placement_strategy_names() -> tuple[str, ...]:
+    """Return the names of those whose plans are one assignment and nothing else, `learned` last."""
+    return (*(kind.name for kind in _PLACERS), LEARNED)
 
 
 def make_strategy(name: str, policy: Policy | None = None) -> Strategy:
@@ -53,4 +59,5 @@ def make_strategy(name: str, policy: Policy | None = None) -> Strategy:
 def portfolio_strategies(policy: Policy | None = None) -> list[Strategy]:
     """Return what `best_of` runs when nobody chooses: the heuristics, the policy if there is one, annealing."""
     learned = [make_strategy(LEARNED, policy)] if policy is not None else []
-    return [*(kind() for kind in HEURISTICS), *learned, AnnealingStrategy()]
+    heuristics: list[Strategy] = [kind() for kind in HEURISTICS]
+    return [*heuristics, *learned, AnnealingStrategy()]
