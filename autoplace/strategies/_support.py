@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Ends", "View", "list_schedules"]
 
+_MOST_GROUPS = 16
+"""Groups of devices that list schedulers try one by one."""
+
 
 class Ends(NamedTuple):
     """Times of a transfer between any two devices, row = source."""
@@ -138,18 +141,20 @@ class View:
         """
         found: dict[tuple[int, ...], None] = {}
         for start in range(len(self.capacity)):
-            group = [start]
+            able = self.talks[start].copy()
+            group = {start}
             for other in range(len(self.capacity)):
-                if other != start and self.talks[other, group].all():
-                    group.append(other)
+                if able[other]:
+                    group.add(other)
+                    able &= self.talks[other]
             found[tuple(sorted(group))] = None
         return tuple(np.asarray(g) for g in sorted(found, key=lambda g: (-len(g), g)))
 
     def masks(self) -> Iterator[NDArray[np.bool_]]:
-        """Yield `allowed`, and where not every pair can talk, `allowed` within each group that can."""
+        """Yield `allowed`, and where not every pair can talk, `allowed` within each of the largest groups that can."""
         yield self.allowed
         if not self.talks.all():
-            for group in self.groups:
+            for group in self.groups[:_MOST_GROUPS]:
                 inside = np.zeros(len(self.capacity), np.bool_)
                 inside[group] = True
                 yield self.allowed & inside

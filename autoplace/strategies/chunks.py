@@ -13,7 +13,7 @@ latency it is always on top of the receiver's load. Exact for chains; where a te
 through it, and the evaluator, which knows better, ranks what comes out.
 
 All orders of devices are tried where there are four or fewer; beyond, the cluster's, by falling and by rising speed,
-and from the fastest on along the quickest links.
+and from the fastest on along the quickest links, with every number of chunks up to 16 and some beyond.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def device_orders(view: View) -> Iterator[tuple[int, ...]]:
     count = len(view.capacity)
     usable = [d for d in range(count) if view.allowed[:, d].any()]
     if len(usable) <= _ALL_ORDERS:
-        for size in range(1, len(usable) + 1):
+        for size in range(1, min(len(usable), view.num_classes) + 1):
             yield from itertools.permutations(usable, size)
         return
     latency = view.class_latency_ms
@@ -83,10 +83,16 @@ def device_orders(view: View) -> Iterator[tuple[int, ...]]:
         rest.remove(nearest)
     seen = set()
     for whole in (falling, usable, falling[::-1], chain):
-        for size in range(1, len(whole) + 1):
+        for size in _sizes(min(len(whole), view.num_classes)):
             if (order := tuple(whole[:size])) not in seen:
                 seen.add(order)
                 yield order
+
+
+def _sizes(most: int) -> list[int]:
+    """Return numbers of chunks to try: all up to 16, then doubling, and the largest."""
+    doubling = [16 * 2**i for i in range(1, 8)]
+    return [s for s in (*range(1, 17), *doubling) if s < most] + [most]
 
 
 @dataclass(frozen=True, eq=False)
