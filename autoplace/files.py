@@ -34,6 +34,8 @@ def read_json(path: str | Path, error: type[AutoplaceError]) -> Any:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as cause:
         raise error(f"{path} is not JSON: {cause.msg} at line {cause.lineno}, column {cause.colno}") from None
+    except ValueError as cause:  # such as a whole number of thousands of digits
+        raise error(f"{path} cannot be read: {cause}") from None
     except RecursionError:
         raise error(f"{path} is nested too deeply to be read") from None
 
@@ -55,8 +57,8 @@ def write_bytes_atomically(path: str | Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
+        Path(temporary).chmod(0o666 & ~mask)
+        Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -105,15 +105,13 @@ class OptimizedParallel(torch.nn.Module):
 
     def tune(self, *args: Any, **kwargs: Any) -> TuneResult:
         """Tune for the present mode on these inputs, replace the plan, and return what was found."""
+        from autoplace.tracked import tracked_tune
         from autoplace.tuner import TuneConfig, tune
 
         options = self._options
         config = TuneConfig(objective=options["objective"], budget_s=options["budget_s"], policy=options["policy"])
-        result = tune(self._workload(args, kwargs), config, cluster=options["cluster"])
-        if options["track"]:
-            from autoplace.tracked import log_tune
-
-            log_tune(result)
+        tuned = tracked_tune if options["track"] else tune
+        result = tuned(self._workload(args, kwargs), config, cluster=options["cluster"])
         self._results[self.training] = result
         self._install(result.chosen.plan, result.cluster)
         return result

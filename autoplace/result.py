@@ -90,7 +90,12 @@ class TuneResult:
             "objective": {"goal": self.objective.goal, "energy_weight": self.objective.energy_weight},
             "devices": [d.name for d in self.cluster.devices],
             "noise": self.noise,
-            "capture": {"rung": self.capture_rung, "reason": self.capture_reason, "ops": self.num_ops, "groups": self.num_groups},
+            "capture": {
+                "rung": self.capture_rung,
+                "reason": self.capture_reason,
+                "ops": self.num_ops,
+                "groups": self.num_groups,
+            },
             "cost_labels": dict(self.cost_labels),
             "seconds": dict(self.seconds),
             "notes": list(self.notes),
@@ -111,4 +116,4 @@ class TuneResult:
                 }
                 for c in self.candidates
             ],
-        }  # fmt: skip
+        }

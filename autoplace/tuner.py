@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,14 +22,21 @@ from autoplace.errors import InputError, PolicyError
 from autoplace.hardware.cluster import Cluster
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
-from autoplace.problem import Objective, Problem
+from autoplace.problem import Objective
+from autoplace.proposals import propose, select
 from autoplace.result import Candidate, TuneResult
 from autoplace.workload import Workload
 
-__all__ = ["Progress", "TuneConfig", "tune"]
+if TYPE_CHECKING:
+    from autoplace.policy.policy import Policy
+
+__all__ = ["Progress", "Record", "TuneConfig", "tune"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, the steps done and the steps in all."""
+
+Record = Callable[[str, Outcome], None]
+"""Called with a candidate's label and its Outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,7 @@ def tune(
     *,
     cluster: Cluster | None = None,
     progress: Progress | None = None,
+    record: Record | None = None,
 ) -> TuneResult:
     """Find the plan under which a workload runs best on these devices.
 
@@ -97,6 +106,7 @@ def tune(
         config: What to tune for.
         cluster: The devices; None discovers and measures this machine's.
         progress: Told about every phase.
+        record: Given every candidate's label and Outcome as soon as it is known, simulated or measured.
 
     Returns:
         All candidates with predictions and measurements; `TuneResult.chosen` is never slower than plain PyTorch.
@@ -115,7 +125,7 @@ def tune(
         cluster = cluster or Cluster.discover()
     with phases.phase("capture the model"):
         captured = capture(workload)
-        grouping = coarsen(captured.graph, max_groups=config.max_groups)
+        grouping = coarsen(captured.graph, max_groups=config.max_groups, called=captured.called)
     with phases.phase("profile costs") as step:
         problem, costs = build_problem(
             workload,
@@ -127,9 +137,21 @@ def tune(
             use_cache=config.use_cache,
         )
     with phases.phase("propose and simulate") as step:
-        candidates, notes = _propose(problem, config, step)
+        policy, notes = _policy(config)
+        candidates = propose(
+            problem,
+            policy=policy,
+            microbatches=config.microbatches,
+            evaluations=config.evaluations,
+            seed=config.seed,
+            step=step,
+        )
+        for candidate in candidates:
+            if record is not None and candidate.predicted is not None:
+                record(candidate.label, candidate.predicted)
     with phases.phase("measure") as step:
-        candidates, noise = _measure(workload, cluster, config, candidates, step)
+        measurement = _Measurement(workload, cluster, config, record)
+        candidates = measurement.run(candidates, step)
     labels = [str(label) for label in costs.labels.ravel()]
     return TuneResult(
         model_name=workload.name,
@@ -138,7 +160,7 @@ def tune(
         objective=config.objective,
         cluster=cluster,
         candidates=tuple(candidates),
-        noise=noise,
+        noise=measurement.noise,
         capture_rung=captured.rung,
         capture_reason=captured.reason,
         num_ops=captured.graph.num_ops,
@@ -162,37 +184,8 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _propose(
-    problem: Problem, config: TuneConfig, step: Callable[[int, int], None]
-) -> tuple[list[Candidate], list[str]]:
-    """Ask every strategy for plans at every number of microbatches, and simulate them; best predicted first."""
-    from autoplace.simulate import SimulatedEvaluator
-    from autoplace.strategies import make_strategy, strategy_names
-    from autoplace.strategies._base import Budget
-
-    policy, notes = _policy(config)
-    names = [n for n in strategy_names() if n != "learned" or policy is not None]
-    counts = [m for m in config.microbatches if m <= problem.batch_size] or [1]
-    found: dict[str, Candidate] = {}
-    for position, count in enumerate(counts):
-        variant = problem.with_(semantics=replace(problem.semantics, microbatches=count))
-        for offset, name in enumerate(names):
-            plans = make_strategy(name, policy=policy).propose(
-                variant, budget=Budget(evaluations=config.evaluations, seconds=10.0), seed=config.seed
-            )
-            outcomes = SimulatedEvaluator(problem).evaluate(plans[:_KEPT_PER_STRATEGY], timeline=True)
-            for plan, outcome in zip(plans, outcomes, strict=False):
-                _remember(found, plan, outcome)
-            step(position * len(names) + offset + 1, len(counts) * len(names))
-    ranked = sorted(found.values(), key=lambda c: c.predicted.objective if c.predicted else float("inf"))
-    return ranked, notes
-
-
-_KEPT_PER_STRATEGY = 3
-"""Plans of one strategy at one number of microbatches that are worth a row in the table."""
-
-
-def _policy(config: TuneConfig) -> tuple[object | None, list[str]]:
+def _policy(config: TuneConfig) -> tuple[Policy | None, list[str]]:
+    """Load the learned policy; also what to tell the user when there is none."""
     if config.policy is None:
         return None, ["Planned without a learned policy, as asked."]
     from autoplace.zoo import load_policy
@@ -205,99 +198,79 @@ def _policy(config: TuneConfig) -> tuple[object | None, list[str]]:
         return None, ["Planned without a learned policy: none named 'default' is installed."]
 
 
-def _remember(found: dict[str, Candidate], plan: Plan, outcome: Outcome) -> None:
-    """Keep the first of equal plans, under a label of its own."""
-    if plan.shape in ("single", "replicas"):
-        plan = plan.with_(microbatches=1)
-    key = repr((plan.replicas, plan.microbatches, sorted(plan.threads.items()), plan.compiled))
-    if key in found:
-        return
-    label = _label(plan)
-    taken = {c.label for c in found.values()}
-    if label in taken:
-        label = next(f"{label} ({i})" for i in range(2, len(taken) + 3) if f"{label} ({i})" not in taken)
-    found[key] = Candidate(label=label, plan=plan, predicted=outcome)
+class _Measurement:
+    """Measures the best few plans beside plain PyTorch, and confirms the winner in a run of its own."""
 
+    def __init__(self, workload: Workload, cluster: Cluster, config: TuneConfig, record: Record | None) -> None:
+        from autoplace.measure.evaluator import MeasuredEvaluator
 
-def _label(plan: Plan) -> str:
-    if plan.shape == "single":
-        device = plan.devices[0]
-        threads = plan.threads.get(device)
-        return f"single {device}" + (f" {threads} threads" if threads else "")
-    if plan.shape == "replicas":
-        return "replicas " + "/".join(f"{r.share:.2f}" for r in plan.replicas)
-    return f"{plan.strategy} x{plan.microbatches}"
-
-
-def _select(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Pick the plans worth real runs: the best of each shape, the learned policy's best, then the best predicted."""
-    able = [c for c in candidates if c.predicted is not None and c.predicted.feasible]
-    picked: list[Candidate] = []
-    for shape in ("replicas", "stages", "single", "hybrid"):
-        picked += [c for c in able if c.plan.shape == shape][:1]
-    picked += [c for c in able if c.plan.strategy == "learned"][:1]
-    unique = {id(c): c for c in [*picked, *able]}
-    return list(unique.values())[:count]
-
-
-def _measure(
-    workload: Workload,
-    cluster: Cluster,
-    config: TuneConfig,
-    candidates: Sequence[Candidate],
-    step: Callable[[int, int], None],
-) -> tuple[list[Candidate], float]:
-    """Measure the best few beside plain PyTorch, then confirm the winner in a run of its own."""
-    from autoplace.measure.evaluator import MeasuredEvaluator
-
-    evaluator = MeasuredEvaluator(workload, cluster, objective=config.objective, limit_s=config.budget_s / 6)
-    chosen = _select(candidates, config.measured_plans)
-    if config.compile:
-        chosen.append(Candidate(label="plain torch.compile", plan=Plan.plain().with_(compiled=True)))
-    step(0, 2)
-    measured, noise = _against_plain(evaluator, config, chosen, config.rounds)
-    step(1, 2)
-    confirmed: set[str] = set()
-    while True:
-        best = next(c for c in choosing.choose(measured, noise=noise) if c.kept)
-        if best.label == measured[0].label or best.label in confirmed:
-            break
-        # The best of several short runs is flattered by chance; its row shows a longer run of its own.
-        (_, row), noise_again = _against_plain(evaluator, config, [best], 3 * config.rounds)
-        noise = max(noise, noise_again)
-        confirmed.add(best.label)
-        measured = [row if c.label == best.label else c for c in measured]
-    step(2, 2)
-    by_label = {c.label: c for c in measured}
-    rest = [by_label.get(c.label, c) for c in candidates]
-    extra = [c for c in measured[1:] if c.label not in {r.label for r in rest}]
-    return choosing.choose([measured[0], *extra, *rest], noise=noise), noise
-
-
-def _against_plain(
-    evaluator: object, config: TuneConfig, chosen: Sequence[Candidate], rounds: int
-) -> tuple[list[Candidate], float]:
-    """Measure plans interleaved with plain PyTorch, which runs twice a round; returns plain first, and the noise."""
-    plans = [Plan.plain(), Plan.plain(), *(c.plan for c in chosen)]
-    plain, again, *outcomes = evaluator.evaluate_interleaved(plans, rounds)  # type: ignore[attr-defined]
-    if not plain.feasible:
-        raise InputError(f"plain PyTorch cannot run this model on these inputs: {plain.reason}")
-    rows = [
-        Candidate(label="plain PyTorch", plan=Plan.plain(), measured=plain, speedup=1.0, gain=1.0, check="reference")
-    ]
-    for candidate, outcome in zip(chosen, outcomes, strict=True):
-        ratio = choosing.compare(plain, outcome, config.objective)
-        rows.append(
-            replace(
-                candidate,
-                measured=outcome,
-                speedup=ratio.speedup if ratio else None,
-                speedup_interval=ratio.speedup_interval if ratio else None,
-                gain=ratio.gain if ratio else None,
-                gain_low=ratio.gain_low if ratio else None,
-                check="same outputs" + (" and gradients" if evaluator.workload.training else "")  # type: ignore[attr-defined]
-                if outcome.feasible
-                else outcome.reason,
-            )
+        self._config = config
+        self._record = record or (lambda _label, _outcome: None)
+        self._same = "same outputs" + (" and gradients" if workload.training else "")
+        self._evaluator = MeasuredEvaluator(
+            workload, cluster, objective=config.objective, limit_s=config.budget_s / 6, repeats=config.rounds
         )
-    return rows, choosing.noise_of(plain, again)
+        self.noise = choosing.NOISE_FLOOR
+
+    def run(self, candidates: Sequence[Candidate], step: Callable[[int, int], None]) -> list[Candidate]:
+        """Return all candidates with verdicts, plain PyTorch first."""
+        chosen = select(candidates, self._config.measured_plans)
+        if self._config.compile:
+            chosen.append(Candidate(label="plain torch.compile", plan=Plan.plain().with_(compiled=True)))
+        half_s = self._config.budget_s / 2
+        step(0, 2)
+        measured = self._beside_plain(chosen, self._rounds(chosen, half_s, self._config.rounds))
+        step(1, 2)
+        confirmed: set[str] = set()
+        while True:
+            best = next(c for c in choosing.choose(measured, noise=self.noise) if c.kept)
+            if best.label == measured[0].label or best.label in confirmed:
+                break
+            # The best of several short runs is flattered by chance; its row shows a longer run of its own.
+            _, row = self._beside_plain([best], self._rounds([best], half_s, _CONFIRM_FACTOR * self._config.rounds))
+            confirmed.add(best.label)
+            measured = [row if c.label == best.label else c for c in measured]
+        step(2, 2)
+        by_label = {c.label: c for c in measured}
+        rows = {c.label: by_label.get(c.label, c) for c in [*measured, *candidates]}
+        return choosing.choose(list(rows.values()), noise=self.noise)
+
+    def _rounds(self, chosen: Sequence[Candidate], seconds: float, wanted: int) -> int:
+        """Return how many interleaved rounds fit, judged by the predictions; plain PyTorch runs twice in each."""
+        predicted_ms = [c.predicted.latency_ms for c in chosen if c.predicted is not None]
+        round_ms = sum(predicted_ms) + 2 * max(predicted_ms, default=1.0)
+        return max(_LEAST_ROUNDS, min(wanted, int(seconds * 1e3 / max(round_ms, 1e-3))))
+
+    def _beside_plain(self, chosen: Sequence[Candidate], rounds: int) -> list[Candidate]:
+        """Measure plans interleaved with plain PyTorch, which runs twice a round; returns plain first."""
+        plans = [Plan.plain(), Plan.plain(), *(c.plan for c in chosen)]
+        plain, again, *outcomes = self._evaluator.evaluate_interleaved(plans, rounds)
+        if not plain.feasible:
+            raise InputError(f"plain PyTorch cannot run this model on these inputs: {plain.reason}")
+        self.noise = max(self.noise, choosing.noise_of(plain, again))
+        rows = [replace(_PLAIN_ROW, measured=plain)]
+        self._record(_PLAIN_ROW.label, plain)
+        for candidate, outcome in zip(chosen, outcomes, strict=True):
+            self._record(candidate.label, outcome)
+            rows.append(self._judged(candidate, plain, outcome))
+        return rows
+
+    def _judged(self, candidate: Candidate, plain: Outcome, outcome: Outcome) -> Candidate:
+        row = replace(candidate, measured=outcome, check=self._same if outcome.feasible else outcome.reason)
+        ratio = choosing.compare(plain, outcome, self._config.objective)
+        if ratio is None:
+            return row
+        return replace(
+            row,
+            speedup=ratio.speedup,
+            speedup_interval=ratio.speedup_interval,
+            gain=ratio.gain,
+            gain_low=ratio.gain_low,
+        )
+
+
+_CONFIRM_FACTOR = 3
+"""The winner is confirmed with this many times the rounds of the first measurement."""
+_LEAST_ROUNDS = 5
+"""Fewer rounds give no quartiles worth the name."""
+_PLAIN_ROW = Candidate(label="plain PyTorch", plan=Plan.plain(), speedup=1.0, gain=1.0, check="reference")

@@ -20,7 +20,10 @@ from autoplace.errors import InputError
 from autoplace.files import write_text_atomically
 from autoplace.hardware.cluster import Cluster
 from autoplace.problem import Objective
+from autoplace.report import candidates_table, write_report, write_trace
 from autoplace.result import TuneResult
+from autoplace.runtime import build_executor
+from autoplace.tracked import tracked_tune
 from autoplace.workload import Workload
 
 __all__ = ["progress_bars", "tune"]
@@ -67,8 +70,16 @@ def tune(
         seed=seed,
     )
     devices = Cluster.load(cluster) if cluster is not None else None
+    output.mkdir(parents=True, exist_ok=True)
     with progress_bars(console) as progress:
-        result = tuner.tune(workload, config, cluster=devices, progress=progress)
+        result = tracked_tune(
+            workload,
+            config,
+            cluster=devices,
+            progress=progress,
+            tracking_uri=tracking_uri,
+            artifacts=lambda found: [write_report(found, output)],
+        )
     _show(console, result)
     _run_chosen(console, workload, result)
     _write(console, result, output, tracking_uri)
@@ -100,8 +111,6 @@ def progress_bars(console: Console) -> Iterator[tuner.Progress]:
 
 
 def _show(console: Console, result: TuneResult) -> None:
-    from autoplace.report import candidates_table
-
     console.print()
     console.print(candidates_table(result))
     console.print(
@@ -116,8 +125,6 @@ def _show(console: Console, result: TuneResult) -> None:
 
 def _run_chosen(console: Console, workload: Workload, result: TuneResult) -> None:
     """Run the chosen plan once as the user would, and say what came out."""
-    from autoplace.runtime import build_executor
-
     with (
         warnings.catch_warnings(),
         workload.mode(),
@@ -130,20 +137,16 @@ def _run_chosen(console: Console, workload: Workload, result: TuneResult) -> Non
 
 
 def _write(console: Console, result: TuneResult, output: Path, tracking_uri: str | None) -> None:
-    from autoplace.report import write_report, write_trace
-    from autoplace.tracked import log_tune
     from autoplace.zoo.tracking import ui_command
 
     plan_path, result_path, trace_path = output / "plan.json", output / "result.json", output / "trace.json"
     result.chosen.plan.save(plan_path)
     write_text_atomically(result_path, json.dumps(result.to_json(), indent=1) + "\n")
-    report_path = write_report(result, output)
-    rows = [("plan", plan_path), ("report", report_path), ("all candidates", result_path)]
+    rows = [("plan", plan_path), ("report", output / "report.html"), ("all candidates", result_path)]
     staged = result.chosen.predicted
     if staged is not None and staged.timeline:
         write_trace(staged, trace_path)
         rows.append(("trace (ui.perfetto.dev)", trace_path))
-    log_tune(result, tracking_uri=tracking_uri, artifacts=[report_path])
     console.print()
     for label, path in rows:
         console.print(f"  {label:<24} {path.resolve()}", soft_wrap=True)

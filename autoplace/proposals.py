@@ -1,0 +1,111 @@
+"""From a Problem to candidates: every strategy's plan at every number of microbatches, simulated, and the best few."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autoplace.plan import Plan
+from autoplace.problem import Problem
+from autoplace.result import Candidate
+from autoplace.simulate import SimulatedEvaluator
+from autoplace.strategies import Budget, make_strategy, strategy_names
+
+if TYPE_CHECKING:
+    from autoplace.policy.policy import Policy
+
+__all__ = ["propose", "select"]
+
+SECONDS_PER_SEARCH = 5.0
+"""What one searching strategy may spend at one number of microbatches, whatever its budget of evaluations."""
+
+
+def propose(
+    problem: Problem,
+    *,
+    policy: Policy | None,
+    microbatches: Sequence[int],
+    evaluations: int,
+    seed: int,
+    step: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[Candidate]:
+    """Ask every strategy for its best plan at every number of microbatches, and simulate them.
+
+    Args:
+        problem: The workload's problem for a whole batch.
+        policy: What `learned` proposes with; None leaves it out.
+        microbatches: Numbers to plan for; those above the batch size are left out.
+        evaluations: Simulated plans that each search may spend at each number.
+        seed: Seed of all searches.
+        step: Told how many searches are done, of how many.
+
+    Returns:
+        Each plan once, however many strategies proposed it; best predicted objective first.
+    """
+    names = [n for n in strategy_names() if n != "learned" or policy is not None]
+    counts = [m for m in microbatches if m <= problem.batch_size] or [1]
+    searches = [(count, name) for count in counts for name in names]
+    simulator = SimulatedEvaluator(problem)
+    proposers: dict[str, list[str]] = {}
+    plans: dict[str, Plan] = {}
+    for done, (count, name) in enumerate(searches):
+        variant = problem.with_(semantics=replace(problem.semantics, microbatches=count))
+        budget = Budget(evaluations=evaluations, seconds=SECONDS_PER_SEARCH)
+        for plan in make_strategy(name, policy=policy).propose(variant, budget=budget, seed=seed)[: _keep(name)]:
+            if plan.shape in ("single", "replicas"):
+                plan = plan.with_(microbatches=1)
+            key = json.dumps({**plan.to_json(), "strategy": ""}, sort_keys=True)
+            plans.setdefault(key, plan)
+            if name not in proposers.setdefault(key, []):
+                proposers[key].append(name)
+        step(done + 1, len(searches))
+    outcomes = simulator.evaluate(list(plans.values()), timeline=True)
+    found = [
+        Candidate(label=_label(plan, proposers[key]), plan=plan, predicted=outcome)
+        for (key, plan), outcome in zip(plans.items(), outcomes, strict=True)
+    ]
+    found.sort(key=lambda c: c.predicted.objective if c.predicted else float("inf"))
+    return _with_unique_labels(found)
+
+
+def select(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """Pick the plans worth real runs: the best of each shape and the policy's best, then the best predicted.
+
+    The simulator ranks plans of one shape better than plans of different shapes, which share cores, caches and memory
+    in different ways.
+    """
+    able = [c for c in candidates if c.predicted is not None and c.predicted.feasible]
+    picked: list[Candidate] = []
+    for shape in ("replicas", "stages", "single", "hybrid"):
+        picked += [c for c in able if c.plan.shape == shape][:1]
+    picked += [c for c in able if "learned" in c.label][:1]
+    unique = {c.label: c for c in [*picked, *able]}
+    return list(unique.values())[:count]
+
+
+def _keep(name: str) -> int:
+    """How many plans of one strategy are worth a row: all devices and shares, but one placement per search."""
+    return 4 if name in ("single", "threads", "replicas") else 1
+
+
+def _label(plan: Plan, proposers: Sequence[str]) -> str:
+    names = ", ".join(proposers)
+    if plan.shape == "single":
+        device = plan.devices[0]
+        threads = plan.threads.get(device)
+        return f"{names} {device.split('/')[-1]}" + (f" ({threads} threads)" if threads else "")
+    if plan.shape == "replicas":
+        return f"{names} " + "/".join(f"{r.share:.2f}" for r in plan.replicas)
+    return f"{names} x{plan.microbatches}"
+
+
+def _with_unique_labels(candidates: Sequence[Candidate]) -> list[Candidate]:
+    seen: dict[str, int] = {}
+    unique = []
+    for candidate in candidates:
+        seen[candidate.label] = seen.get(candidate.label, 0) + 1
+        number = seen[candidate.label]
+        unique.append(replace(candidate, label=f"{candidate.label} ({number})") if number > 1 else candidate)
+    return unique
