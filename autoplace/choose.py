@@ -94,7 +94,7 @@ def _refusal(candidate: Candidate, noise: float) -> str | None:
     if candidate.measured is None:
         if candidate.predicted is not None and not candidate.predicted.feasible:
             return f"not measured: {candidate.predicted.reason}"
-        return "not measured: others were predicted faster"
+        return "not measured: predicted slower"
     if not candidate.measured.feasible:
         return candidate.measured.reason
     if candidate.gain is None or candidate.speedup_interval is None or candidate.gain_low is None:

@@ -27,6 +27,7 @@ __all__ = [
 COLUMNS = ("candidate", "placement", "predicted ms", "measured ms", "energy J", "speed-up", "kept, or why not")
 NOTHING = "–"
 """Stands where there is no figure."""
+_PREDICTED = ", predicted)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +105,18 @@ def candidates_table(result: TuneResult) -> Table:
         name = Text.assemble((row.label, style or "bold"), "\n", (row.placement, "green" if row.kept else "dim"))
         table.add_row(
             name,
-            *(Text(cell.replace(" (", "\n(").replace(", pre", ",\npre"), style=style) for cell in row.cells[2:-1]),
+            *(Text(_narrow(cell), style=style) for cell in row.cells[2:-1]),
             Text(row.verdict, style=style),
         )
+    table.caption = "≈ predicted, not measured"
     return table
+
+
+def _narrow(cell: str) -> str:
+    """Put what stands in brackets on a line of its own, and a sign for `predicted`."""
+    if cell.endswith(_PREDICTED):
+        cell = f"≈{cell.removesuffix(_PREDICTED)})"
+    return cell.replace(" (", "\n(")
 
 
 def describe_plan(plan: Plan) -> str:
@@ -192,7 +201,7 @@ def _time(outcome: Outcome | None, goal: str) -> str:
 
 
 def _energy(candidate: Candidate) -> str:
-    for outcome, kind in ((candidate.measured, ""), (candidate.predicted, ", predicted")):
+    for outcome, kind in ((candidate.measured, ""), (candidate.predicted, _PREDICTED[:-1])):
         if outcome is not None and outcome.feasible and outcome.energy_j is not None:
             return f"{figure(outcome.energy_j)} ({outcome.energy_source or 'unknown source'}{kind})"
     return NOTHING
