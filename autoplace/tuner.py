@@ -226,10 +226,10 @@ class _Measurement:
             best = next(c for c in choosing.choose(measured, noise=self.noise) if c.kept)
             if best.label == measured[0].label or best.label in confirmed:
                 break
-            # The best of several short runs is flattered by chance; its row shows a longer run of its own.
-            _, row = self._beside_plain([best], self._rounds([best], half_s, _CONFIRM_FACTOR * self._config.rounds))
+            # The best of several short runs is flattered by chance. Its row, and plain PyTorch's, show a longer run.
+            plain, row = self._beside_plain([best], self._rounds([best], half_s, _CONFIRM_FACTOR * self._config.rounds))
             confirmed.add(best.label)
-            measured = [row if c.label == best.label else c for c in measured]
+            measured = [plain, *(row if c.label == best.label else c for c in measured[1:])]
         step(2, 2)
         by_label = {c.label: c for c in measured}
         rows = {c.label: by_label.get(c.label, c) for c in [*measured, *candidates]}
