@@ -66,11 +66,18 @@ class _Standin:
             attributes.update((k, v) for k, v in vars(source_module).items() if v is None or isinstance(v, _SIMPLE))
 
     def write_back(self) -> None:
-        """Copy buffers that the stand-in changed (running statistics) to the originals."""
+        """Copy buffers that the stand-in changed (running statistics) to the originals.
+
+        Batch norm changes its statistics without a new version, so in training values are compared. Equal buffers are
+        left alone: a new version would spoil the graphs of other parts that saved them.
+        """
+        training = any(module.training for _, module in self._flags)
         with torch.no_grad():
             for (source, local), version in zip(self.buffers, self._buffer_versions, strict=True):
-                if local._version != version:
-                    source.copy_(local)
+                if local._version != version or training:
+                    value = local.to(source.device)
+                    if not torch.equal(value, source):
+                        source.copy_(value)
 
 
 class Copies:

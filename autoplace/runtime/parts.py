@@ -11,7 +11,7 @@ The code between placed modules runs in the control threads: on one intra-op thr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -59,6 +59,7 @@ class PartsExecutor(Executor):
         self._sites: dict[str, Site] = {}
         self._workers: dict[str, DeviceWorker] = {}
         self._gated: list[torch.nn.Module] = []
+        self._members: dict[int, list[dict[str, torch.nn.Parameter | None]]] = {}
         self._closed = False
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -95,7 +96,7 @@ class PartsExecutor(Executor):
         if len(self._targets) == 1 and self.plan.microbatches == 1 and whole[0] is None:
             with routing.routed(self._targets[0], self._dispatch):
                 return self.model(*args, **kwargs)
-        call = Call(self.model, self.model, args, kwargs)
+        call = Call(self.model, self.model, args, kwargs, self._parameters(self.model))
         if len(self._targets) == 1 and self.plan.microbatches == 1:
             site = self._sites[whole[0] or ""]
             return finish(call, wait_all([site.start(call)]))
@@ -119,6 +120,16 @@ class PartsExecutor(Executor):
             start += size
         return finish(call, wait_all(futures), sizes, rows)
 
+    def _parameters(self, module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
+        """Return a module's parameters, each once.
+
+        The modules inside are looked up once per executor: walking them at every call of a layer takes longer than
+        handing the call over.
+        """
+        if id(module) not in self._members:
+            self._members[id(module)] = [m._parameters for m in module.modules() if m._parameters]
+        return dict.fromkeys(p for own in self._members[id(module)] for p in own.values() if p is not None)
+
     def _routed(self, replica: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             with routing.routed(self._targets[replica], self._dispatch):
@@ -139,7 +150,7 @@ class PartsExecutor(Executor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        call = Call(module, function, args, kwargs)
+        call = Call(module, function, args, kwargs, self._parameters(module))
         return finish(call, wait_all([self._sites[device].start(call)]))
 
     def busy_ms(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -44,17 +44,23 @@ class Call:
         module: The module whose parameters the call uses.
         function: What to call; `module` itself, or its original `forward`.
         args, kwargs: The inputs.
+        parameters: The module's parameters.
     """
 
     def __init__(
-        self, module: torch.nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: torch.nn.Module,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parameters: Iterable[torch.nn.Parameter],
     ) -> None:
         self.module = module
         self.function = function
         self.tree = Tree((args, kwargs))
         self.graph = torch.is_grad_enabled()
         self.sources = [leaf for leaf in self.tree.leaves if isinstance(leaf, torch.Tensor)]
-        self.parameters = [p for p in module.parameters() if p.requires_grad] if self.graph else []
+        self.parameters = [p for p in parameters if p.requires_grad] if self.graph else []
 
     @property
     def home(self) -> torch.device:

@@ -1,0 +1,364 @@
+import itertools
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
+
+from autoplace.errors import ExecutionError
+from autoplace.plan import Plan
+from autoplace.runtime import Identity, Replicas, SingleDevice, Stages, build_executor
+from autoplace.runtime.copies import Copies
+
+A, B = "host0/cpu:0", "host0/cpu:1"
+IDS = torch.tensor([[(7 * i + 3 * j) % 50 for j in range(9)] for i in range(6)])
+
+
+class ResidualCNN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 5)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.stem(x)))
+        out = self.body(x)
+        out += x
+        out = self.act(out)
+        return self.head(out.mean((2, 3)))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+
+
+def bert():
+    config = BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+    return BertModel(config).eval()
+
+
+def plans(make_plan, assignment):
+    """Every family, uneven shares and several microbatches."""
+    return [
+        make_plan(B),
+        make_plan(A, microbatches=3),
+        make_plan(A, B),
+        make_plan(A, B, shares=[0.7, 0.3]),
+        make_plan(A, B, shares=[0.34, 0.66], microbatches=2),
+        *[make_plan(assignment, microbatches=m) for m in (1, 2, 3)],
+        make_plan(assignment, B, microbatches=1),
+        make_plan(assignment, {k: A if v == B else B for k, v in assignment.items()}, microbatches=2),
+    ]
+
+
+def test_the_plan_chooses_the_executor(cluster, make_plan):
+    net = mlp()
+    stages = {"0": A, "2": B}
+    for plan, kind in [
+        (Plan.plain(), Identity),
+        (make_plan(A), SingleDevice),
+        (make_plan(A, B), Replicas),
+        (make_plan(stages), Stages),
+        (make_plan(stages, A), Stages),
+    ]:
+        with build_executor(net, plan, cluster) as executor:
+            assert type(executor) is kind
+            assert executor(torch.ones(4, 8)).shape == (4, 4)
+
+
+def test_mlp(make_plan, compare):
+    for plan in [*plans(make_plan, {"0": A, "1": A, "2": B}), Plan.plain()]:
+        compare(mlp(), plan, [torch.randn(6, 8)])
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_every_assignment_of_a_chain(make_plan, compare, microbatches):
+    net, x = mlp(), torch.randn(5, 8)
+    for devices in itertools.product((A, B), repeat=3):
+        compare(net, make_plan(dict(zip("012", devices, strict=True)), microbatches=microbatches), [x])
+
+
+def test_bert_with_keyword_inputs(make_plan, compare):
+    mask = torch.ones_like(IDS)
+    mask[1::2, 6:] = 0
+    assignment = {"embeddings": A, "encoder.layer.0": A, "encoder.layer.1": B, "encoder.layer.2": A, "pooler": B}
+    net = bert()
+    for plan in plans(make_plan, assignment):
+        compare(
+            net,
+            plan,
+            kwargs={"input_ids": IDS, "attention_mask": mask},
+            pick=lambda y: y.last_hidden_state.square().mean() + y.pooler_output.mean(),
+        )
+
+
+def test_vit(make_plan, compare):
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
+    )
+    net = ViTModel(config).eval()
+    layers = sorted(n for n, m in net.named_modules() if type(m).__name__ == "ViTLayer")
+    assert len(layers) == 2
+    assignment = {"embeddings": A, layers[0]: B, layers[1]: A, "pooler": B}
+    for plan in plans(make_plan, assignment):
+        compare(net, plan, [torch.randn(6, 3, 16, 16)], pick=lambda y: y.last_hidden_state.square().mean())
+
+
+def test_gpt2_with_tied_weights_and_its_own_loss(make_plan, compare):
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0)
+    net = GPT2LMHeadModel(config).eval()
+    assert net.lm_head.weight is net.transformer.wte.weight
+    assignment = {"transformer.wte": A, "transformer.h.0": A, "transformer.h.1": B, "lm_head": B}
+    kwargs = {"input_ids": IDS, "labels": IDS, "use_cache": False}
+    for plan in plans(make_plan, assignment):
+        output = compare(net, plan, kwargs=kwargs, pick=lambda y: y.loss)
+        assert output.loss.dim() == 0
+
+
+def test_residual_cnn_with_inplace_activation_and_unused_parameters(make_plan, compare):
+    net = ResidualCNN()
+    assignment = {"stem": A, "norm": B, "act": A, "body": B, "head": A}
+    for plan in plans(make_plan, assignment):
+        compare(net, plan, [torch.randn(6, 3, 8, 8)])
+
+
+def test_stand_ins_on_another_device_give_the_same(make_plan, compare, monkeypatch):
+    monkeypatch.setattr(Copies, "needed", lambda self, module: True)
+    net = ResidualCNN()
+    for plan in plans(make_plan, {"stem": A, "norm": B, "act": A, "body": B, "head": A}):
+        compare(net, plan, [torch.randn(6, 3, 8, 8)])
+
+
+def test_stand_ins_follow_the_originals(cluster, make_plan, monkeypatch):
+    monkeypatch.setattr(Copies, "needed", lambda self, module: True)
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.0))
+    x = torch.randn(8, 3)
+    with build_executor(net, make_plan(A), cluster) as executor:
+        with torch.inference_mode():
+            executor(x)
+        plain = nn.BatchNorm1d(3)
+        executor(x).sum().backward()
+        assert net[1].num_batches_tracked.item() == 2, "running statistics come home"
+        assert not torch.equal(net[1].running_mean, plain.running_mean)
+        with torch.no_grad():
+            net[0].weight.mul_(2)
+        net.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(executor(x), net(x))
+        net[0].weight.data = net[0].weight.data * 3
+        with torch.no_grad():
+            torch.testing.assert_close(executor(x), net(x))
+        net.train()
+        net[2].p = 1.0
+        assert executor(x).abs().sum() == 0
+
+
+def test_inputs_pass_through_and_none_stays_none(cluster, make_plan):
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(2, 2)
+            self.last = nn.Linear(2, 2)
+
+        def forward(self, x, flag=None):
+            return {"x": x, "y": self.last(self.lin(x)), "none": None, "n": x.argmax(-1), "flag": flag}
+
+    net, x = Passing(), torch.randn(4, 2, requires_grad=True)
+    for plan in (make_plan(A), make_plan(A, B), make_plan({"lin": A, "last": B}, microbatches=2)):
+        with build_executor(net, plan, cluster) as executor:
+            got = executor(x, flag="yes")
+        assert got["none"] is None and got["flag"] == "yes"
+        assert not got["n"].requires_grad and torch.equal(got["n"], x.argmax(-1))
+        (grad,) = torch.autograd.grad(got["x"].sum() * 3 + 0 * got["y"].sum(), x)
+        assert torch.allclose(grad, torch.full_like(x, 3.0))
+
+
+def test_a_single_device_hands_back_an_untouched_input_itself(cluster, make_plan):
+    x = torch.randn(4, 2, requires_grad=True)
+    with build_executor(nn.Identity(), make_plan(A), cluster) as executor:
+        assert executor(x) is x
+
+
+def test_exceptions_keep_their_type_and_place(cluster, make_plan):
+    class Breaks(nn.Module):
+        def forward(self, x):
+            if (x > 0).any():
+                raise LookupError("from the model")
+            return x
+
+    net = nn.Sequential(nn.Linear(2, 2), Breaks())
+    net[0].weight.data.fill_(1.0)
+    for plan in (
+        make_plan(A),
+        make_plan(A, B),
+        make_plan({"0": A, "1": B}),
+        make_plan({"0": A, "1": B}, microbatches=2),
+    ):
+        with build_executor(net, plan, cluster) as executor:
+            with pytest.raises(LookupError, match="from the model") as caught:
+                executor(torch.ones(4, 2))
+            assert caught.traceback[-1].path.name == "test_executors.py"
+            assert executor(-10 * torch.ones(4, 2)).shape == (4, 2), "it goes on after an exception"
+
+
+def test_batches_that_do_not_split(cluster, make_plan):
+    with build_executor(mlp(), make_plan(A, B, microbatches=2), cluster) as executor:
+        with pytest.raises(ExecutionError, match="batch of 3"):
+            executor(torch.ones(3, 8))
+        assert executor(torch.ones(4, 8)).shape == (4, 4)
+
+
+def test_plans_that_cannot_be_built(cluster, make_plan):
+    for plan, words in [
+        (make_plan({"7": A}), "'7'"),
+        (make_plan("host0/cuda:3"), "cluster does not have"),
+        (make_plan(A, precision="int3"), "precision"),
+    ]:
+        with pytest.raises(ExecutionError, match=words):
+            build_executor(mlp(), plan, cluster)
+    with pytest.raises(ExecutionError, match="shape"):
+        Replicas(mlp(), make_plan(A), cluster)
+
+
+def test_closing_gives_forward_back(cluster, make_plan):
+    net = mlp()
+    executor = build_executor(net, make_plan({"0": A, "1": A, "2": B}), cluster)
+    assert "forward" in vars(net[0])
+    executor.close()
+    executor.close()
+    assert all("forward" not in vars(m) for m in net.modules())
+    with pytest.raises(ExecutionError, match="closed"):
+        executor(torch.ones(2, 8))
+
+
+def test_hooks_fire_once_per_part(cluster, make_plan):
+    net, fired = mlp(), []
+    net.register_forward_hook(lambda *_: fired.append("root"))
+    net[2].register_forward_pre_hook(lambda *_: fired.append("pre"))
+    net[2].register_forward_hook(lambda *_: fired.append("post"))
+    for plan, parts in [
+        (make_plan(A), 1),
+        (make_plan(A, B), 2),
+        (make_plan({"0": A, "2": B}), 1),
+        (make_plan({"0": A, "2": B}, microbatches=3), 3),
+    ]:
+        fired.clear()
+        with build_executor(net, plan, cluster) as executor:
+            executor(torch.ones(6, 8))
+        assert sorted(fired) == sorted(["root", "pre", "post"] * parts)
+
+
+def test_modules_run_on_their_device_and_glue_in_the_caller(cluster, make_plan):
+    class Spy(nn.Linear):
+        def forward(self, x):
+            where.append(threading.current_thread().name)
+            return super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Spy(2, 2), Spy(2, 2)
+
+        def forward(self, x):
+            where.append(threading.current_thread().name)
+            return self.b(self.a(x))
+
+    where = []
+    net = Net()
+    here = threading.current_thread().name
+    with build_executor(net, make_plan({"a": A, "b": B}), cluster) as executor:
+        executor(torch.ones(2, 2))
+        assert where == [here, A, B]
+        where.clear()
+        net(torch.ones(2, 2))
+        assert where == [here] * 3, "calls from outside the executor stay where they are"
+        assert set(executor.busy_ms()) == {A, B}
+    where.clear()
+    with build_executor(net, make_plan(A, B), cluster) as executor:
+        executor(torch.ones(2, 2))
+    assert sorted(where) == [A] * 3 + [B] * 3
+
+
+def test_further_calls_of_a_module_go_where_the_plan_says(cluster, make_plan):
+    where = []
+
+    class Shared(nn.Linear):
+        def forward(self, x):
+            where.append(threading.current_thread().name)
+            return super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = Shared(2, 2)
+
+        def forward(self, x):
+            return self.lin(self.lin(x))
+
+    with build_executor(Net(), make_plan({"lin": A, "lin#1": B}), cluster) as executor:
+        executor(torch.ones(2, 2))
+        executor(torch.ones(2, 2))
+    assert where == [A, B, A, B]
+
+
+def test_several_threads_may_call_at_once(cluster, make_plan):
+    net = mlp().eval()
+    inputs = [torch.randn(4, 8) for _ in range(4)]
+    for plan in (make_plan(A, B), make_plan({"0": A, "1": A, "2": B}, microbatches=2)):
+        results = [None] * 4
+        with build_executor(net, plan, cluster) as executor:
+
+            def call(i, executor=executor, results=results):
+                for _ in range(5):
+                    results[i] = executor(inputs[i])
+
+            threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        for x, y in zip(inputs, results, strict=True):
+            torch.testing.assert_close(y, net(x))
+
+
+def test_two_executors_share_a_model(cluster, make_plan):
+    net, x = mlp(), torch.randn(4, 8)
+    first = build_executor(net, make_plan({"0": A, "2": B}), cluster)
+    second = build_executor(net, make_plan({"0": B, "2": A}), cluster)
+    first.close()
+    torch.testing.assert_close(second(x), net(x))
+    assert "forward" in vars(net[0])
+    second.close()
+    assert "forward" not in vars(net[0])
+
+
+def test_precision_and_threads(cluster, make_plan):
+    net = mlp()
+    for plan in (make_plan(A, precision="bfloat16"), make_plan(A, B, precision="bfloat16")):
+        with build_executor(net, plan, cluster) as executor:
+            assert executor(torch.ones(4, 8)).dtype == torch.bfloat16
+    with build_executor(net, Plan.plain().with_(precision="bfloat16"), cluster) as executor:
+        assert executor(torch.ones(4, 8)).dtype == torch.bfloat16
+    seen = []
+    net.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    with build_executor(net, make_plan(A, threads={A: 3}), cluster) as executor:
+        executor(torch.ones(4, 8))
+        busy = executor.busy_ms()
+    assert seen == [3]
+    assert busy[A] > 0 and busy[B] == busy[A], "a wide worker keeps every group busy"
+
+
+def test_dropout_draws_other_numbers_in_every_part_and_call(cluster, make_plan):
+    net = nn.Dropout(0.5)
+    x = torch.ones(2, 4000)
+    with build_executor(net, make_plan(A, B), cluster) as executor:
+        first, second = executor(x), executor(x)
+    for y in (first[0], first[1], second[0]):
+        assert 0.4 < (y == 0).float().mean() < 0.6
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, second)
