@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
-from numba import njit
+import numba
 
 __all__ = [
     "IDLE",
@@ -32,17 +33,20 @@ __all__ = [
 INF = math.inf
 IDLE = -1
 
-inline = njit(forceinline=True, _nrt=False)
-"""Compile into the caller. Nothing is allocated here, so reference counts are left out (`_nrt`): with them every call
-counts every array that it passes on, and the loop takes five times as long."""
+_OPTIONS: dict[str, Any] = {"_nrt": False}
+"""Nothing is allocated here, so reference counts are left out: with them every call counts every array that it passes
+on, and the loop takes five times as long."""
+
+inline = numba.njit(forceinline=True, **_OPTIONS)
+"""Compile into the caller."""
 
 
 def compiled(function):  # type: ignore[no-untyped-def]
     """Compile with a cache on disk where there is a place for one, else without."""
     try:
-        return njit(cache=True, _nrt=False)(function)
+        return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:
-        return njit(_nrt=False)(function)
+        return numba.njit(**_OPTIONS)(function)
 
 
 def sources_version() -> int:
