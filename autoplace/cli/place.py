@@ -47,7 +47,7 @@ def place(
 ) -> None:
     """Place a problem file's ops on its devices; no model needed."""
     from autoplace.problem_file import load_problem, placement_to_json
-    from autoplace.strategies import Budget, compare, explain_infeasible
+    from autoplace.strategies import Budget, compare, explain_infeasible, prove_infeasible
 
     console = Console(stderr=output is None)
     if output is not None and output.is_dir():
@@ -61,6 +61,8 @@ def place(
     spent = time.perf_counter() - begin
     best = comparison.best
     if best is None or best.assignment is None:
+        if strategy != AUTO and prove_infeasible(task) is None:
+            raise InfeasibleError(f"strategy {strategy!r} found no feasible placement; use --strategy auto to ask all")
         raise InfeasibleError(explain_infeasible(task))
     plan = Plan.from_assignment(task, best.assignment, strategy=best.strategy)
     outcome = _show(console, task, comparison)

@@ -2,7 +2,7 @@
 
 from autoplace.strategies._base import Budget, Clock, Strategy
 from autoplace.strategies.heuristics import HEURISTICS
-from autoplace.strategies.infeasible import explain_infeasible
+from autoplace.strategies.infeasible import explain_infeasible, prove_infeasible
 from autoplace.strategies.portfolio import Comparison, best_of, compare
 from autoplace.strategies.registry import (
     make_strategy,
@@ -23,5 +23,6 @@ __all__ = [
     "make_strategy",
     "placement_strategy_names",
     "portfolio_strategies",
+    "prove_infeasible",
     "strategy_names",
 ]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 
 from autoplace.errors import InputError
+from autoplace.policy.network import PolicyNetwork
+from autoplace.policy.policy import Policy
 from autoplace.problem import Semantics
 from autoplace.simulate import SimulatedEvaluator
 from autoplace.strategies import Budget, make_strategy, placement_strategy_names, strategy_names
 
-NAMES = [name for name in placement_strategy_names() if name != "learned"]
+NAMES = placement_strategy_names()
 BUDGET = Budget(evaluations=40)
 
 SEMANTICS = [
@@ -21,6 +24,15 @@ SEMANTICS = [
         ("overlapped", "blocking"), ("direct", "host"), ("none", "link"), ("fifo", "priority")
     )
 ] + [Semantics(microbatches=3)]
+
+
+@functools.cache
+def _policy():
+    return Policy.of(PolicyNetwork(seed=0))
+
+
+def _make(name):
+    return make_strategy(name, _policy() if name == "learned" else None)
 
 
 def _check(problem, plans, *, name):
@@ -41,7 +53,7 @@ def _check(problem, plans, *, name):
 def test_every_semantics_and_goal_gets_a_feasible_plan(name, goal, random_problem):
     for seed, semantics in enumerate(SEMANTICS):
         problem = random_problem(seed, goal=goal, semantics=semantics, energy_weight=0.5 * (seed % 2))
-        plans = make_strategy(name).propose(problem, budget=BUDGET, seed=seed)
+        plans = _make(name).propose(problem, budget=BUDGET, seed=seed)
         assert plans
         _check(problem, plans, name=name)
 
@@ -51,7 +63,7 @@ def test_colocation_missing_latencies_and_binding_memory_are_respected(name, ran
     found = 0
     for seed in range(12):
         problem = random_problem(seed, memory=0.55, colocate=True, unable=0.1)
-        plans = make_strategy(name).propose(problem, budget=BUDGET, seed=seed)
+        plans = _make(name).propose(problem, budget=BUDGET, seed=seed)
         _check(problem, plans, name=name)
         for plan in plans:
             assignment = plan.assignment_array(problem)
@@ -67,7 +79,7 @@ def test_colocation_missing_latencies_and_binding_memory_are_respected(name, ran
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_that_only_freed_activations_fit_in_is_used(name, random_problem):
     problem = random_problem(3, devices=1, memory=0.9, frees=True)
-    plans = make_strategy(name).propose(problem, budget=BUDGET)
+    plans = _make(name).propose(problem, budget=BUDGET)
     assert [p.devices for p in plans] == [("host0/cpu:0",)]
 
 
@@ -75,7 +87,7 @@ def test_memory_that_only_freed_activations_fit_in_is_used(name, random_problem)
 def test_devices_that_cannot_talk_share_no_tensor(name, random_problem):
     for seed in range(6):
         problem = random_problem(seed, devices=4, holes=0.5)
-        plans = make_strategy(name).propose(problem, budget=BUDGET, seed=seed)
+        plans = _make(name).propose(problem, budget=BUDGET, seed=seed)
         assert plans  # device 0 can run everything
         _check(problem, plans, name=name)
 
@@ -83,7 +95,7 @@ def test_devices_that_cannot_talk_share_no_tensor(name, random_problem):
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_plans(name, random_problem):
     problem = random_problem(7, memory=0.6, colocate=True)
-    first, second = (make_strategy(name).propose(problem, budget=BUDGET, seed=5) for _ in range(2))
+    first, second = (_make(name).propose(problem, budget=BUDGET, seed=5) for _ in range(2))
     assert [p.to_json() for p in first] == [p.to_json() for p in second]
 
 
@@ -93,7 +105,7 @@ def test_the_budget_is_counted_and_kept(name, evaluations, random_problem, monke
     scored = []
     score = SimulatedEvaluator.score
     monkeypatch.setattr(SimulatedEvaluator, "score", lambda self, a: (scored.append(len(a)), score(self, a))[1])
-    strategy = make_strategy(name)
+    strategy = _make(name)
     plans = strategy.propose(random_problem(2), budget=Budget(evaluations=evaluations))
     assert plans
     assert sum(scored) == strategy.evaluations <= evaluations
@@ -103,28 +115,28 @@ def test_the_budget_is_counted_and_kept(name, evaluations, random_problem, monke
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_budget_of_seconds_ends_the_search(name, random_problem):
-    strategy = make_strategy(name)
+    strategy = _make(name)
     assert strategy.propose(random_problem(2), budget=Budget(seconds=0.05))
     assert strategy.evaluations > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_limit_the_search_ends_by_itself(name, random_problem):
-    assert make_strategy(name).propose(random_problem(2, ops=5), budget=Budget())
+    assert _make(name).propose(random_problem(2, ops=5), budget=Budget())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_infeasible_problem_gets_no_plan(name, random_problem):
-    assert make_strategy(name).propose(random_problem(1, memory=0.01), budget=BUDGET) == []
+    assert _make(name).propose(random_problem(1, memory=0.01), budget=BUDGET) == []
     stuck = random_problem(1)
     latency = stuck.latency_ms.copy()
     latency[3] = np.inf
-    assert make_strategy(name).propose(stuck.with_(latency_ms=latency), budget=BUDGET) == []
+    assert _make(name).propose(stuck.with_(latency_ms=latency), budget=BUDGET) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_op_on_one_device(name, random_problem):
-    plans = make_strategy(name).propose(random_problem(0, ops=1, devices=1), budget=BUDGET)
+    plans = _make(name).propose(random_problem(0, ops=1, devices=1), budget=BUDGET)
     assert [p.shape for p in plans] == ["single"]
 
 

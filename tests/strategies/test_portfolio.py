@@ -8,6 +8,8 @@ import pytest
 from autoplace.errors import InfeasibleError
 from autoplace.hardware.cluster import Cluster, Device
 from autoplace.plan import Plan
+from autoplace.policy.network import PolicyNetwork
+from autoplace.policy.policy import Policy
 from autoplace.simulate import SimulatedEvaluator
 from autoplace.strategies import HEURISTICS, Budget, Strategy, best_of, compare, make_strategy, portfolio_strategies
 from autoplace.strategies.infeasible import explain_infeasible, prove_infeasible
@@ -63,6 +65,17 @@ def test_proposers_leave_budget_to_annealing(random_problem):
     assert comparison.evaluations == 1000
     by_name = {p.strategy: p for p in comparison.proposals}
     assert by_name["foreign"].objective >= by_name["annealing"].objective == comparison.best.objective
+
+
+def test_the_policy_runs_between_heuristics_and_annealing(random_problem):
+    policy = Policy.of(PolicyNetwork(seed=0))
+    problem = random_problem(3, ops=30)
+    comparison = compare(problem, portfolio_strategies(policy), Budget(evaluations=400), seed=4)
+    assert [p.strategy for p in comparison.proposals][-2:] == ["learned", "annealing"]
+    assert comparison.evaluations == 400
+    learned, annealing = comparison.proposals[-2:]
+    assert learned.assignment is not None
+    assert annealing.objective <= learned.objective
 
 
 def test_an_op_that_runs_nowhere_is_named(random_problem):
