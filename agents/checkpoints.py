@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from autoplace.files import read_json
 __all__ = ["Checkpoint", "Checkpoints"]
 
 FORMAT = "autoplace.checkpoint/1"
+_DAMAGE = (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 Tensors = dict[str, NDArray[np.float32]]
 
 
@@ -122,8 +124,10 @@ class Checkpoints:
                 updates=int(state["updates"]),
                 step=int(state["step"]),
             )
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
-            raise InputError(f"{path} is damaged ({error}); remove it, or train without --resume") from None
+        except _DAMAGE as error:
+            raise InputError(
+                f"{path} is damaged ({type(error).__name__}); remove it, or train without --resume"
+            ) from None
 
     def clear(self) -> None:
         """Remove all checkpoints."""

@@ -1,0 +1,91 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from autoplace.agents.measured import MeasuredCase, ReferencedEvaluator
+from autoplace.agents.plots import measured_reward_figure, read_measured_rewards
+from autoplace.agents.train import train
+
+from autoplace.errors import InfeasibleError
+from autoplace.outcome import Outcome
+from autoplace.plan import Plan
+from autoplace.simulate.evaluator import SimulatedEvaluator
+
+
+class DriftingMachine:
+    """Real runs on a machine that gets slower with every call: the simulator's J times a factor that grows."""
+
+    def __init__(self, problem):
+        self.problem, self.simulator = problem, SimulatedEvaluator(problem)
+        self.evaluations = self.calls = 0
+
+    def evaluate(self, plans):
+        self.calls += 1
+        self.evaluations += len(plans)
+        factor = 1.0 + 0.1 * self.calls
+        objectives = [self.simulator.score(p.assignment_array(self.problem))[0] * factor for p in plans]
+        return [Outcome(source="measured", latency_ms=j, objective=j) for j in objectives]
+
+
+class Broken:
+    evaluations = 0
+
+    def evaluate(self, plans):
+        return [Outcome(source="measured", feasible=False, reason="no such device") for _ in plans]
+
+
+def test_the_reference_is_the_best_baseline_and_drift_cancels(lanes):
+    problem, fast = lanes
+    machine = DriftingMachine(problem)
+    evaluator = ReferencedEvaluator(MeasuredCase(problem=problem, evaluator=machine), remeasure=1.0)
+    assert evaluator.reference == pytest.approx(8.0 * 1.1)
+    slow = Plan.from_assignment(problem, 1 - fast, strategy="x")
+    ratios = [evaluator.evaluate([slow])[0].objective / evaluator.reference for _ in range(3)]
+    np.testing.assert_allclose(ratios, 3.0)
+
+
+def test_known_plans_are_mostly_remembered_and_sometimes_measured_again(lanes):
+    problem, fast = lanes
+    machine = DriftingMachine(problem)
+    evaluator = ReferencedEvaluator(MeasuredCase(problem=problem, evaluator=machine), remeasure=0.25)
+    before, plan = machine.calls, Plan.from_assignment(problem, fast, strategy="x")
+    for _ in range(100):
+        assert evaluator.evaluate([plan])[0].objective == pytest.approx(evaluator.reference)
+    assert 10 <= machine.calls - before <= 45
+    assert evaluator.evaluations == 100
+
+
+def test_no_baseline_that_runs_is_an_error_with_the_reason(lanes):
+    with pytest.raises(InfeasibleError, match="no such device"):
+        ReferencedEvaluator(MeasuredCase(problem=lanes[0], evaluator=Broken()))
+
+
+def test_the_measured_stage_raises_the_measured_reward(lanes, tiny):
+    problem, _ = lanes
+    case = MeasuredCase(problem=problem, evaluator=DriftingMachine(problem))
+    config = tiny(stages=("measure",), measure_plans=120, hidden=32)
+    seen = []
+    directory = train(config, measured=[case], log=lambda metrics, step: seen.append((step, metrics)))
+    rewards = read_measured_rewards(config.output / "measured.jsonl")
+    assert len(rewards) == 120
+    assert np.mean(rewards[-16:]) > np.mean(rewards[:16]) + 0.1
+    logged = [m["measure/reward"] for _, m in seen if "measure/reward" in m]
+    assert logged == rewards and [s for s, _ in seen] == sorted(s for s, _ in seen)
+    assert (directory / "policy.safetensors").exists()
+    record = json.loads((config.output / "measured.jsonl").read_text().splitlines()[0])
+    assert record["outcome"]["source"] == "measured" and len(record["assignment"]) == 8
+    assert math.isfinite(record["reward"])
+
+
+def test_the_plot_shows_every_plan_and_the_moving_average():
+    figure = measured_reward_figure([0.0, -1.0, 1.0, 2.0], window=2)
+    points, average, _ = figure.axes[0].lines
+    assert list(points.get_ydata()) == [0.0, -1.0, 1.0, 2.0]
+    np.testing.assert_allclose(average.get_ydata(), [0.0, -0.5, 0.0, 1.5])
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "measured.jsonl"
+    path.write_text('{"reward": 0.5}\n{"rew')
+    assert read_measured_rewards(path) == [0.5]

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+
+from autoplace.cli.app import run
+from autoplace.policy.policy import Policy
+
+TINY = ["--problems", "3", "--epochs", "1", "--hidden", "8", "--stage", "imitate"]
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as end:
+        run(["train", *words])
+    return end.value.code or 0
+
+
+def test_train_writes_a_policy_and_says_where(tmp_path, capsys):
+    store = f"sqlite:///{tmp_path}/ml.db"
+    assert call("-o", str(tmp_path / "out"), *TINY, "--tracking-uri", store) == 0
+    policy = Policy.load(tmp_path / "out" / "policy")
+    assert "--stage imitate" in policy.card or "autoplace" in policy.card
+    assert "Policy:" in capsys.readouterr().out
+    import mlflow
+
+    client = mlflow.MlflowClient(store)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "autoplace-train"]
+    (mlflow_run,) = client.search_runs([experiment.experiment_id])
+    assert "validation/reward" in mlflow_run.data.metrics and mlflow_run.data.params["seed"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--stage", "fly"], "stage 'fly' is unknown"),
+        (["--stage", "measure"], "--model"),
+        (["--policy", "no-such-policy", "--stage", "imitate"], "no-such-policy"),
+        (["--model", "missing.py:build"], "missing.py"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, words, sentence):
+    assert call("-o", str(tmp_path / "out"), *words) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert not Path(tmp_path / "out").exists()
