@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from autoplace.errors import ExecutionError
+from autoplace.graph.coarsen import group_modules
 from autoplace.hardware.cluster import Cluster
 
 __all__ = ["Gate", "Target", "install", "remove", "resolve", "routed"]
@@ -62,13 +63,15 @@ def resolve(model: torch.nn.Module, assignment: Mapping[str, str], cluster: Clus
     for name, device in assignment.items():
         if "~" in name:
             continue
-        path, _, number = name.partition("#")
-        path = "" if path == "." else path
-        if path not in modules or not (number or "0").isdigit():
-            raise ExecutionError(f"the plan names {name!r}, which the model does not have; tune again for this model")
+        number = name.rpartition("#")[2] if "#" in name else "0"
         if device not in cluster.index:
             raise ExecutionError(f"the plan names device {device!r}, which the cluster does not have; tune again")
-        own.setdefault(path, {})[int(number or 0)] = device
+        for path in group_modules(name):
+            if path not in modules or not number.isdigit():
+                raise ExecutionError(
+                    f"the plan names {name!r}, which the model does not have; tune again for this model"
+                )
+            own.setdefault(path, {})[int(number)] = device
     if not own:
         raise ExecutionError("the plan places no module of the model; tune again")
     targets = list(_largest(modules, {path: dict(sorted(calls.items())) for path, calls in own.items()}))
@@ -84,17 +87,22 @@ def _largest(modules: Mapping[str, torch.nn.Module], own: Mapping[str, dict[int,
             below.setdefault(".".join(parts[:depth]), set()).update(calls.values())
     for path in sorted(below, key=lambda p: (p.count(".") if p else -1, p)):
         parents = [".".join(path.split(".")[:depth]) for depth in range(len(path.split(".")))] if path else []
-        if any(len(below[parent]) == 1 for parent in parents):
+        if any(len(below[parent]) == 1 and _is_called(modules[parent]) for parent in parents):
             continue
         above = next((parent for parent in parents if parent in own), None)
         if above is not None:
             raise ExecutionError(
                 f"the plan places both {above or '.'!r} and {path!r} inside it, on different devices; tune again"
             )
-        if len(below[path]) == 1:
+        if len(below[path]) == 1 and _is_called(modules[path]):
             yield Target(path, modules[path], {0: next(iter(below[path]))})
         elif path in own and not any(other != path and _inside(other, path) for other in own):
             yield Target(path, modules[path], own[path])
+
+
+def _is_called(module: torch.nn.Module) -> bool:
+    """Return whether a module can be called; a `ModuleList` only holds others, which are."""
+    return type(module).forward is not torch.nn.Module.forward
 
 
 def _inside(path: str, parent: str) -> bool:

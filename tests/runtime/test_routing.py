@@ -124,3 +124,18 @@ def test_a_gated_model_can_be_copied_and_pickled(cluster, make_plan):
             p.zero_()
     assert torch.equal(twin(x), expected)
     assert torch.equal(stored(x), expected)
+
+
+def test_a_module_list_is_never_sent_but_what_it_holds_is(cluster):
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    model.head = torch.nn.Linear(2, 2)
+    targets = resolve(model, {"blocks.0": A, "blocks.1": A, "head": B}, cluster)
+    assert {t.path: t.device(0) for t in targets} == {"blocks.0": A, "blocks.1": A, "head": B}
+
+
+def test_a_merged_group_places_every_module_in_its_name(cluster):
+    model = torch.nn.Module()
+    model.h = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
+    targets = resolve(model, {"h.0+h.1": A, "h.2": B}, cluster)
+    assert {t.path: t.device(0) for t in targets} == {"h.0": A, "h.1": A, "h.2": B}
