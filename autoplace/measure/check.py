@@ -26,6 +26,7 @@ from autoplace.runtime.tree import Tree
 from autoplace.workload import Workload, default_loss
 
 from .preserve import RandomState, clear_gradients, no_dropout, preserved
+from .protocol import Guard
 
 __all__ = ["CheckConfig", "CheckReport", "Reference", "check_plan"]
 
@@ -121,6 +122,7 @@ def check_plan(
     *,
     config: CheckConfig = CheckConfig(),
     reference: Reference | None = None,
+    limit_s: float | None = None,
 ) -> CheckReport:
     """Compare one pass of an executor with plain PyTorch's on the workload's inputs.
 
@@ -131,22 +133,34 @@ def check_plan(
         executor: Runs the plan.
         config: Tolerances.
         reference: Plain results of the same workload, if at hand.
+        limit_s: Seconds that the executor's pass may take; None = no limit. The model is put back in any case.
 
     Returns:
         The verdict; never raises for wrong numbers.
 
     Raises:
+        ExecutionError: If the pass overruns `limit_s`; it is left behind in its threads.
         Exception: Whatever the model or the executor raises.
     """
     reference = reference or Reference(workload)
     if _has_nan(reference.run):
         return CheckReport(ok=False, reason="plain PyTorch's own output holds NaN on these inputs; give other inputs")
     with preserved(workload.model), no_dropout(workload.model), workload.mode():
-        run = reference.pass_(executor)
+        run = _within(lambda: reference.pass_(executor), limit_s)
     reason, output_error, gradient_error = _compare(reference.run, run, config, executor.plan.precision)
     if reason and reference.noisy:
         reason += " (the model draws random numbers besides dropout, so two plain runs differ too)"
     return CheckReport(ok=not reason, reason=reason, max_output_error=output_error, max_gradient_error=gradient_error)
+
+
+def _within(fn: Callable[[], _Run], limit_s: float | None) -> _Run:
+    if limit_s is None:
+        return fn()
+    guard = Guard()
+    try:
+        return guard.run(fn, limit_s)
+    finally:
+        guard.close()
 
 
 def _has_nan(run: _Run) -> bool:

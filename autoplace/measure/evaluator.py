@@ -43,8 +43,8 @@ __all__ = ["MeasuredEvaluator"]
 
 _PLAIN_LIMIT_FACTOR = 10.0
 """The plain plan may take this many times the limit: what takes long on plain PyTorch must still be measured."""
-_FIRST_CALL_LIMIT_S = 180.0
-"""Limit of a compiled plan's check, which compiles."""
+_COMPILE_LIMIT_S = 180.0
+"""A compiled plan's pass may always take this long: the first ones compile, for the check and for the timed runs."""
 _ENERGY_STRETCH_S = 0.5
 """Passes are repeated this long where counters tick every 20 to 100 ms (NVML)."""
 
@@ -106,7 +106,8 @@ class MeasuredEvaluator:
         self._limit_s, self._repeats, self._warmup = limit_s, repeats, warmup
         self._check, self._check_config = check, check_config or CheckConfig()
         self._record, self._progress = record, progress
-        self._reference: tuple[list[int], Reference] | None = None
+        self._reference: Reference | None = None
+        self._versions: list[int] = []
         self._verdicts: dict[str, str] = {}
         self._activation_bytes: int | None = None
         if objective.energy_weight > 0 and self.meter.source == "none":
@@ -129,6 +130,7 @@ class MeasuredEvaluator:
         candidates = [_Candidate(plan) for plan in plans]
         with self.workload.mode(), preserved(self.workload.model):
             try:
+                self._forget_if_changed()
                 for candidate in candidates:
                     self._prepare(candidate)
                 samples = self._time(candidates, rounds)
@@ -145,7 +147,6 @@ class MeasuredEvaluator:
     def _prepare(self, candidate: _Candidate) -> None:
         """Build and check; leaves a reason in a candidate that fails."""
         plan = candidate.plan
-        guard = Guard()
         try:
             candidate.reason = self._memory_reason(plan)
             if candidate.reason:
@@ -153,30 +154,38 @@ class MeasuredEvaluator:
             executor = candidate.executor = build_executor(self.workload.model, plan, self.cluster)
             key = json.dumps({**plan.to_json(), "strategy": ""}, sort_keys=True)
             if self._check and not self._is_reference(plan) and key not in self._verdicts:
-                limit_s = max(self._limit_s, _FIRST_CALL_LIMIT_S) if plan.compiled else self._limit_s
-                reference = self._plain_results()
-                report = guard.run(
-                    lambda: check_plan(self.workload, executor, config=self._check_config, reference=reference),
-                    limit_s,
+                report = check_plan(
+                    self.workload,
+                    executor,
+                    config=self._check_config,
+                    reference=self._plain_results(),
+                    limit_s=self._limit_of(plan),
                 )
                 self._verdicts[key] = report.reason
             candidate.reason = self._verdicts.get(key, "")
         except Exception as error:
             candidate.reason = sentence(error)
-        finally:
-            guard.close()
+
+    def _limit_of(self, plan: Plan) -> float:
+        """Return the seconds that one pass of a plan may take."""
+        limit_s = self._limit_s * (_PLAIN_LIMIT_FACTOR if plan.is_plain else 1.0)
+        return max(limit_s, _COMPILE_LIMIT_S) if plan.compiled else limit_s
 
     @staticmethod
     def _is_reference(plan: Plan) -> bool:
         return plan.is_plain and not plan.compiled and plan.precision == "float32"
 
-    def _plain_results(self) -> Reference:
-        """Return plain PyTorch's results, kept until a parameter changes."""
+    def _forget_if_changed(self) -> None:
+        """Forget plain PyTorch's results, and the verdicts, once a parameter has changed."""
         versions = [p._version for p in self.workload.model.parameters()]
-        if self._reference is None or self._reference[0] != versions:
-            self._reference = (versions, Reference(self.workload))
+        if versions != self._versions:
+            self._versions, self._reference = versions, None
             self._verdicts.clear()
-        return self._reference[1]
+
+    def _plain_results(self) -> Reference:
+        if self._reference is None:
+            self._reference = Reference(self.workload)
+        return self._reference
 
     def _memory_reason(self, plan: Plan) -> str:
         """Return why the plan is not even tried, or nothing."""
@@ -195,7 +204,7 @@ class MeasuredEvaluator:
         for i, candidate in enumerate(candidates):
             if candidate.executor is not None and not candidate.reason:
                 runs[str(i)] = self._pass_of(candidate.executor)
-                limits[str(i)] = self._limit_s * (_PLAIN_LIMIT_FACTOR if candidate.plan.is_plain else 1.0)
+                limits[str(i)] = self._limit_of(candidate.plan)
         if not runs:
             return {}
         slow_counters = "nvml" in self.meter.source

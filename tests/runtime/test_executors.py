@@ -1,5 +1,7 @@
 import itertools
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -362,3 +364,43 @@ def test_dropout_draws_other_numbers_in_every_part_and_call(cluster, make_plan):
         assert 0.4 < (y == 0).float().mean() < 0.6
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first, second)
+
+
+def test_an_interrupt_leaves_the_executor_usable(cluster, make_plan):
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(float(x.sum()))
+            return x
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    net = nn.Sequential(Slow(), nn.Identity())
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for plan in (make_plan(A), make_plan(A, B), make_plan({"0": A, "1": B}, microbatches=2)):
+            with build_executor(net, plan, cluster) as executor:
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                with pytest.raises(KeyboardInterrupt):
+                    executor(torch.full((2, 1), 0.15))
+                assert torch.equal(executor(torch.zeros(2, 1)), torch.zeros(2, 1))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_compiled_plans_go_through_torch_compile_once_per_module(cluster, make_plan, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda fn: compiled.append(fn) or fn)
+    net, x = mlp(), torch.randn(4, 8)
+    for plan, count in [
+        (Plan.plain().with_(compiled=True), 1),
+        (make_plan(A, compiled=True), 1),
+        (make_plan(A, B, compiled=True), 2),
+        (make_plan({"0": A, "1": A, "2": B}, compiled=True, microbatches=2), 3),
+    ]:
+        compiled.clear()
+        with build_executor(net, plan, cluster) as executor:
+            for _ in range(2):
+                torch.testing.assert_close(executor(x), net(x))
+        assert len(compiled) == count

@@ -1,0 +1,88 @@
+import time
+
+import pytest
+import torch
+
+from autoplace.errors import ExecutionError, InputError
+from autoplace.measure import aa_noise, interleave, pair_ratios, summary
+from autoplace.measure.protocol import Guard
+
+
+def test_rounds_interleave_and_warm_up_is_not_counted():
+    order, before, after, progress = [], [], [], []
+    samples = interleave(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        repeats=3,
+        warmup=2,
+        deadline_s=5,
+        before=before.append,
+        after=lambda name, elapsed_ms: after.append((name, elapsed_ms)),
+        progress=lambda name, number: progress.append((name, number)),
+    )
+    assert order == ["a", "b"] * 5 == before
+    assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 3}
+    assert [elapsed for name, elapsed in after if name == "a"] == samples["a"]
+    assert progress[0] == ("a", 0) and progress[-1] == ("b", 4)
+
+
+def test_what_is_timed_is_the_run_alone():
+    samples = interleave(
+        {"a": lambda: time.sleep(0.02)}, repeats=2, warmup=0, deadline_s=5, before=lambda _: time.sleep(0.2)
+    )
+    assert all(20 <= s < 200 for s in samples["a"])
+
+
+def test_failed_and_hanging_runs_drop_out_and_the_rest_goes_on():
+    errors, calls = {}, []
+
+    def breaks():
+        calls.append("breaks")
+        raise ValueError("broken")
+
+    samples = interleave(
+        {"breaks": breaks, "hangs": lambda: time.sleep(2), "fine": lambda: None},
+        repeats=2,
+        warmup=1,
+        deadline_s={"breaks": 1, "hangs": 0.1, "fine": 1},
+        failed=lambda name, error: errors.update({name: error}),
+    )
+    assert calls == ["breaks"]
+    assert isinstance(errors["breaks"], ValueError)
+    assert isinstance(errors["hangs"], ExecutionError) and "within 0.1 s" in str(errors["hangs"])
+    assert [len(samples[name]) for name in ("breaks", "hangs", "fine")] == [0, 0, 2]
+
+
+def test_without_a_handler_failures_are_raised():
+    with pytest.raises(ZeroDivisionError):
+        interleave({"a": lambda: 1 / 0}, repeats=1, warmup=0, deadline_s=1)  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="repeats"):
+        interleave({}, repeats=0, warmup=0, deadline_s=1)
+
+
+def test_the_guard_tells_its_timeout_from_the_functions_own():
+    guard = Guard()
+
+    def times_out():
+        raise TimeoutError("my own")
+
+    with pytest.raises(TimeoutError, match="my own"):
+        guard.run(times_out, 5)
+    with pytest.raises(ExecutionError, match="did not finish"):
+        guard.run(lambda: time.sleep(1), 0.05)
+    torch.set_num_threads(2)
+    assert Guard().run(torch.get_num_threads, 5) == 2
+    assert guard.run(lambda: 3, 5) == 3
+    guard.close()
+
+
+def test_summaries_and_ratios():
+    assert summary([1, 2, 3, 4, 100]) == (3.0, 2.0)
+    median, (low, high) = pair_ratios([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert (median, low, high) == (2.0, 2.0, 2.5)
+    assert aa_noise([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]) == 0.0
+    assert aa_noise([1.1, 1.1, 1.1], [1.0, 1.0, 1.0]) == pytest.approx(0.1)
+    assert aa_noise([0.8, 1.0, 1.2], [1.0, 1.0, 1.0]) == pytest.approx(0.1)
+    with pytest.raises(InputError, match="pair"):
+        pair_ratios([1.0], [1.0, 2.0])
+    with pytest.raises(InputError, match="no samples"):
+        summary([])

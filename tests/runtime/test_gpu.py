@@ -1,0 +1,49 @@
+"""Executors with a GPU; skipped where there is none."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from autoplace.hardware.cluster import Cluster, Device, Link
+from autoplace.runtime import build_executor
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+C, G = "host0/cpu:0", "host0/cuda:0"
+
+
+@pytest.fixture
+def cluster():
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    devices = (Device(name=C, kind="cpu", cores=cores), Device(name=G, kind="cuda"))
+    return Cluster(devices=devices, default_link=Link(latency_ms=0.0, bytes_per_ms=1e9))
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("replicas", "knobs"),
+    [
+        ([G], {}),
+        ([C, G], {"shares": [0.25, 0.75]}),
+        ([{"0": C, "1": G, "2": C}], {}),
+        ([{"0": G, "1": C, "2": G}], {"microbatches": 2}),
+    ],
+)
+def test_mixed_devices_equal_plain_pytorch(make_plan, compare, home, replicas, knobs):
+    net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).to(home)
+    x = torch.randn(8, 8, device=home)
+    for _ in range(3):
+        output = compare(net, make_plan(*replicas, **knobs), [x])
+        assert output.device.type == home
+    assert all(p.device.type == home for p in net.parameters())
+
+
+def test_busy_time_is_the_gpus(cluster, make_plan):
+    net = nn.Linear(2048, 2048).cuda()
+    with build_executor(net, make_plan(G), cluster) as executor, torch.no_grad():
+        executor(torch.randn(512, 2048, device="cuda"))
+        executor.busy_ms()
+        executor(torch.randn(512, 2048, device="cuda"))
+        assert 0 < executor.busy_ms()[G] < 1000
