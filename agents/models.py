@@ -33,7 +33,7 @@ def model_problem(
         objective: What the problem asks for; None = latency.
     """
     captured = capture(workload)
-    grouping = coarsen(captured.graph, max_groups=max_groups)
+    grouping = coarsen(captured.graph, max_groups=max_groups, called=captured.called)
     name = f"{workload.name}-{grouping.graph.num_ops}"
     return build_problem(workload, grouping, cluster, objective=objective, name=name)[0]
 
