@@ -122,10 +122,11 @@ class Problem:
     def can_run(self) -> NDArray[np.bool_]:
         """bool[N, D]: the op, and every op co-located with it, has a finite latency there."""
         allowed = np.isfinite(self.latency_ms)
-        colocate = self.graph.colocate
-        for key in np.unique(colocate[colocate >= 0]):
-            members = colocate == key
-            allowed[members] = allowed[members].all(axis=0)
+        members = np.flatnonzero(self.graph.colocate >= 0)
+        keys, group = np.unique(self.graph.colocate[members], return_inverse=True)
+        shared = np.ones((len(keys), self.num_devices), np.bool_)
+        np.logical_and.at(shared, group, allowed[members])
+        allowed[members] = shared[group]
         return allowed
 
     @cached_property

@@ -49,6 +49,25 @@ def _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, op):
 
 
 @inline
+def _begin(rules, ops, devices, latency_ms, queue, urgent, d, now):
+    """Start the next op of a device that has one ready; return it."""
+    op = take(rules, ops, devices, queue, urgent, d, now)
+    took = latency_ms[op, d]
+    end = now + took
+    devices[d].until_ms = end
+    devices[d].busy_ms += took
+    ops[op].start_ms = now
+    ops[op].finish_ms = end
+    if devices[d].urgent_size > 0:
+        devices[d].next_ms = end
+    elif devices[d].queue_size > 0:
+        devices[d].next_ms = max(end, queue[devices[d].queue_base].key)
+    else:
+        devices[d].next_ms = INF
+    return op
+
+
+@inline
 def simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue, urgent, log):
     """Run one pass without events; return its makespan, ms.
 
@@ -56,30 +75,31 @@ def simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue
     as those of the event loop.
     """
     makespan = 0.0
-    for _ in range(len(ops)):
-        now = INF
+    left = len(ops)
+    while left > 0:
+        now, first, alone = INF, 0, True
         for d in range(len(devices)):
-            now = min(now, devices[d].next_ms)
+            moment = devices[d].next_ms
+            if moment < now:
+                now, first, alone = moment, d, True
+            elif moment == now:
+                alone = False
         if now == INF:
-            return makespan if rules[0].finished == len(ops) else INF
-        for d in range(len(devices)):
-            devices[d].running = IDLE
-            if devices[d].next_ms == now:
-                op = take(rules, ops, devices, queue, urgent, d, now)
-                took = latency_ms[op, d]
-                devices[d].running = op
-                devices[d].until_ms = now + took
-                devices[d].busy_ms += took
-                devices[d].next_ms = INF
-                if devices[d].urgent_size > 0:
-                    devices[d].next_ms = devices[d].until_ms
-                elif devices[d].queue_size > 0:
-                    devices[d].next_ms = max(devices[d].until_ms, queue[devices[d].queue_base].key)
-                ops[op].start_ms = now
-                ops[op].finish_ms = now + took
-                makespan = max(makespan, now + took)
-                rules[0].finished += 1
-        for d in range(len(devices)):
-            if devices[d].running != IDLE:
-                _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, devices[d].running)
+            return INF
+        op = _begin(rules, ops, devices, latency_ms, queue, urgent, first, now)
+        makespan = max(makespan, ops[op].finish_ms)
+        left -= 1
+        if not alone:
+            for d in range(first + 1, len(devices)):
+                devices[d].running = IDLE
+                if devices[d].next_ms == now:
+                    other = _begin(rules, ops, devices, latency_ms, queue, urgent, d, now)
+                    makespan = max(makespan, ops[other].finish_ms)
+                    devices[d].running = other
+                    left -= 1
+        _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, op)
+        if not alone:
+            for d in range(first + 1, len(devices)):
+                if devices[d].running != IDLE:
+                    _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, devices[d].running)
     return makespan

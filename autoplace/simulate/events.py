@@ -247,7 +247,7 @@ def simulate(
     clear(devices, links)
     rules[0].finished = rules[0].waiting = rules[0].lines = 0
     if rules[0].priority:
-        rank(rules, ops, devices, tensors, links, latency_ms, order, outputs, consumers)
+        rank(rules, ops, devices, tensors, edges, links, latency_ms, order)
     for k in range(len(sources)):
         ops[sources[k]].missing = 1
         foresee(ops, devices, queue, sources[k], 0.0)

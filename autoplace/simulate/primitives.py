@@ -190,23 +190,21 @@ def take(rules, ops, devices, queue, urgent, d, now):
 
 
 @inline
-def rank(rules, ops, devices, tensors, links, latency_ms, order, outputs, consumers):
+def rank(rules, ops, devices, tensors, edges, links, latency_ms, order):
     """Fill `rank_ms` with the longest path from each op to the end under the assignment."""
     host = len(devices)
     for j in range(len(order) - 1, -1, -1):
         op = order[j]
         s = ops[op].device
         longest = 0.0
-        for k in range(ops[op].first_output, ops[op].last_output):
-            tensor = outputs[k]
-            size = tensors[tensor].bytes
-            for c in range(tensors[tensor].first, tensors[tensor].last):
-                d = ops[consumers[c]].device
-                path = ops[consumers[c]].rank_ms
-                if d != s and not rules[0].host:
-                    path += transfer_ms(links, s, d, size)
-                elif d != s:
-                    way = 0.0 if devices[s].stays else transfer_ms(links, s, host, size)
-                    path += way + (0.0 if devices[d].stays else transfer_ms(links, host, d, size))
-                longest = max(longest, path)
+        for k in range(ops[op].first_edge, ops[op].last_edge):
+            consumer, size = edges[k].consumer, tensors[edges[k].tensor].bytes
+            d = ops[consumer].device
+            path = ops[consumer].rank_ms
+            if d != s and not rules[0].host:
+                path += transfer_ms(links, s, d, size)
+            elif d != s:
+                way = 0.0 if devices[s].stays else transfer_ms(links, s, host, size)
+                path += way + (0.0 if devices[d].stays else transfer_ms(links, host, d, size))
+            longest = max(longest, path)
         ops[op].rank_ms = latency_ms[op, s] + longest
