@@ -1,5 +1,1 @@
-"""Training of placement policies: imitation, PPO on the simulator, PPO on real runs."""
-
-from .train import STAGES, TrainConfig, train
-
-__all__ = ["STAGES", "TrainConfig", "train"]
+"""Training of placement policies: imitation, PPO on the simulator, PPO on real runs; the door is `agents.train`."""

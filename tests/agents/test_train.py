@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from autoplace.agents import train as module_train
 from autoplace.agents.train import TrainConfig, train
 
 from autoplace.errors import InputError
@@ -96,7 +95,3 @@ def test_bad_configurations_are_refused(tiny):
         tiny(problems=0)
     with pytest.raises(InputError, match="--model"):
         train(tiny(stages=("measure",)))
-
-
-def test_the_package_exports_the_function(tiny):
-    assert module_train is train
