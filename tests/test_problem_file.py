@@ -266,18 +266,18 @@ def test_a_million_ops_of_garbage_get_their_sentence_soon(tmp_path):
     begin = time.perf_counter()
     with pytest.raises(ProblemFileError, match=r"ops\[0\] lacks the key 'name'"):
         load_problem(path)
-    assert time.perf_counter() - begin < 30  # about 1 s on an idle core
+    assert time.perf_counter() - begin < 30  # generous: machines are shared
 
 
 def test_many_ops_are_read_in_linear_time(data):
-    data["ops"] = [dict(data["ops"][0], name=f"op{i}", colocate=f"pair{i // 2}") for i in range(200_000)]
+    data["ops"] = [dict(data["ops"][0], name=f"op{i}", colocate=f"pair{i // 2}") for i in range(100_000)]
     data["tensors"] = []
     begin = time.perf_counter()
     assert problem_from_json(data).can_run.all()
     data["ops"][-1]["latency_ms"] = [1.0, "soon"]
-    with pytest.raises(ProblemFileError, match=r"ops\[199999\].latency_ms\[1\] is \"soon\""):
+    with pytest.raises(ProblemFileError, match=r"ops\[99999\].latency_ms\[1\] is \"soon\""):
         problem_from_json(data)
-    assert time.perf_counter() - begin < 60  # about 2 s on an idle core
+    assert time.perf_counter() - begin < 60  # generous: machines are shared
 
 
 JSON = st.recursive(
