@@ -28,13 +28,8 @@ from autoplace.plan import Plan
 from autoplace.problem import Objective, Problem, Semantics
 
 __all__ = [
-    "check_feasible",
-    "load_problem",
-    "placement_to_json",
-    "problem_from_json",
-    "problem_to_json",
-    "save_problem",
-]
+    "check_feasible", "load_problem", "placement_to_json", "problem_from_json", "problem_to_json", "save_problem",
+]  # fmt: skip
 
 FORMAT = "autoplace.problem/1"
 PLACEMENT_FORMAT = "autoplace.placement/1"
@@ -260,8 +255,6 @@ class _Reader:
             raise InfeasibleError(f"{self.where}: {error}") from None
         return problem
 
-    # ---- devices and links -----------------------------------------------------------------------------------------
-
     def cluster(self, data: dict[str, Any]) -> Cluster:
         """Read `devices`, `links` and `default_link`."""
         devices: list[Device] = []
@@ -293,11 +286,8 @@ class _Reader:
         default = data.get("default_link")
         if default is not None:
             self.keys(default, ("latency_ms", "bytes_per_ms"), (), "default_link")
-        return Cluster(
-            devices=tuple(devices),
-            links=links,
-            default_link=None if default is None else self.link(default, "default_link"),
-        )
+        joined = None if default is None else self.link(default, "default_link")
+        return Cluster(devices=tuple(devices), links=links, default_link=joined)
 
     def link(self, row: dict[str, Any], *place: str | int) -> Link:
         """Read the two figures of a link."""
@@ -305,8 +295,6 @@ class _Reader:
         if bandwidth < 1e-12:
             raise self.fail("is 0; leave the link out where a pair cannot talk", *place, "bytes_per_ms")
         return Link(latency_ms=self.number(row["latency_ms"], *place, "latency_ms"), bytes_per_ms=bandwidth)
-
-    # ---- ops and tensors -------------------------------------------------------------------------------------------
 
     def graph(
         self, data: dict[str, Any], cluster: Cluster
@@ -373,8 +361,6 @@ class _Reader:
                 raise self.fail(f"is {over:g}, more than the op's latency of {whole:g}", *place, d)
         return row
 
-    # ---- objective and semantics -----------------------------------------------------------------------------------
-
     def objective(self, data: dict[str, Any], cluster: Cluster) -> Objective:
         """Read `objective`."""
         row = self.options(data, "objective", ("goal", "energy_weight"))
@@ -408,8 +394,6 @@ class _Reader:
             return {}
         self.keys(row, (), known, key)
         return {name: value for name, value in row.items() if value is not None}
-
-    # ---- single values ---------------------------------------------------------------------------------------------
 
     def keys(self, row: Any, required: tuple[str, ...], optional: tuple[str, ...], *place: str | int) -> None:
         """Check that a value is an object with all required and no unknown keys."""
