@@ -120,6 +120,7 @@ def tune(
     from autoplace.graph.coarsen import coarsen
 
     config = config or TuneConfig()
+    policy, notes = _policy(config)
     phases = _Phases(progress)
     with phases.phase("discover devices"):
         cluster = cluster or Cluster.discover()
@@ -137,7 +138,6 @@ def tune(
             use_cache=config.use_cache,
         )
     with phases.phase("propose and simulate") as step:
-        policy, notes = _policy(config)
         candidates = propose(
             problem,
             policy=policy,
@@ -236,9 +236,12 @@ class _Measurement:
         return choosing.choose(list(rows.values()), noise=self.noise)
 
     def _rounds(self, chosen: Sequence[Candidate], seconds: float, wanted: int) -> int:
-        """Return how many interleaved rounds fit, judged by the predictions; plain PyTorch runs twice in each."""
+        """Return how many interleaved rounds fit, judged by the predictions.
+
+        Plain PyTorch is in each round twice, and every timed pass has an untimed one before it.
+        """
         predicted_ms = [c.predicted.latency_ms for c in chosen if c.predicted is not None]
-        round_ms = sum(predicted_ms) + 2 * max(predicted_ms, default=1.0)
+        round_ms = 2 * (sum(predicted_ms) + 2 * max(predicted_ms, default=1.0))
         return max(_LEAST_ROUNDS, min(wanted, int(seconds * 1e3 / max(round_ms, 1e-3))))
 
     def _beside_plain(self, chosen: Sequence[Candidate], rounds: int) -> list[Candidate]:

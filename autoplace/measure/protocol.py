@@ -2,7 +2,10 @@
 
 Knows nothing of plans. Definitions:
 
-- A *round* runs everything once, in the given order; the first `warmup` rounds are not counted. → `interleave`
+- A *round* runs everything in the given order; the first `warmup` rounds are not counted. → `interleave`
+- Before its timed run each gets `settle` untimed ones, so that it is timed as it would run by itself, again and again,
+  and not with the caches and thread teams that its neighbour in the round left behind. Without it plain PyTorch was up
+  to 30 % slower after another plan than after itself, which flatters every plan. [measured: 2 cores, BERT, 2026-11-23]
 - Median and interquartile range by linear interpolation (numpy's default). → `summary`
 - A *pair ratio* is sample i of A over sample i of B, both of one round, so that slow drift of a shared machine cancels;
   above 1, B is faster. → `pair_ratios`
@@ -79,6 +82,7 @@ def interleave(
     repeats: int,
     warmup: int,
     deadline_s: float | Mapping[str, float],
+    settle: int = 1,
     progress: Callable[[str, int], None] | None = None,
     before: Callable[[str], None] | None = None,
     after: Callable[[str, float], None] | None = None,
@@ -91,8 +95,9 @@ def interleave(
         repeats: Counted rounds.
         warmup: Rounds before them.
         deadline_s: Seconds that one run may take; one figure, or one per name.
+        settle: Untimed runs right before each counted one.
         progress: Called with name and round (0 = first warm-up) after every run.
-        before: Called with the name before every run, untimed.
+        before: Called with the name before every run, timed or not; takes no time itself.
         after: Called with the name and the milliseconds after every counted run, untimed.
         failed: Called with the name and the exception of a run that raised or overran; it takes no further part.
             None = the exception is raised.
@@ -101,29 +106,35 @@ def interleave(
         Name to milliseconds, one per counted round; of a failed run, those before it failed.
 
     Raises:
-        InputError: If `repeats` is below 1 or `warmup` below 0.
+        InputError: If `repeats` is below 1, or `warmup` or `settle` below 0.
         Exception: What a run raised, or ExecutionError where it overran, when `failed` is None.
     """
-    if repeats < 1 or warmup < 0:
-        raise InputError(f"repeats {repeats} and warmup {warmup} make no measurement; use repeats >= 1 and warmup >= 0")
+    if repeats < 1 or warmup < 0 or settle < 0:
+        raise InputError(
+            f"repeats {repeats}, warmup {warmup} and settle {settle} make no measurement; "
+            "use repeats >= 1, warmup >= 0 and settle >= 0"
+        )
     samples: dict[str, list[float]] = {name: [] for name in runs}
     alive = dict(runs)
     guard = Guard()
     try:
         for number in range(warmup + repeats):
+            counted = number >= warmup
             for name, run in list(alive.items()):
                 limit_s = deadline_s if isinstance(deadline_s, int | float) else deadline_s[name]
-                if before is not None:
-                    before(name)
+                elapsed_ms = 0.0
                 try:
-                    elapsed_ms = guard.run(lambda run=run: _time_ms(run), limit_s)  # type: ignore[misc]
+                    for _ in range(settle + 1 if counted else 1):
+                        if before is not None:
+                            before(name)
+                        elapsed_ms = guard.run(lambda run=run: _time_ms(run), limit_s)  # type: ignore[misc]
                 except Exception as error:
                     if failed is None:
                         raise
                     failed(name, error)
                     del alive[name]
                     continue
-                if number >= warmup:
+                if counted:
                     samples[name].append(elapsed_ms)
                     if after is not None:
                         after(name, elapsed_ms)
