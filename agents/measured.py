@@ -105,7 +105,7 @@ def _median(outcomes: list[Outcome]) -> Outcome:
     return next(o for o in outcomes if o.objective == middle)
 
 
-def measured_config(classes: int, *, plans_per_update: int = 8) -> PpoConfig:
+def measured_config(classes: int, *, plans_per_update: int = 6) -> PpoConfig:
     """Return PPO's settings for few, dear and noisy episodes.
 
     Args:
@@ -113,14 +113,14 @@ def measured_config(classes: int, *, plans_per_update: int = 8) -> PpoConfig:
         plans_per_update: Episodes between two updates.
     """
     return PpoConfig(
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         envs=1,
         steps=max(classes, 2) * plans_per_update,
-        batch_size=max(classes, 2) * plans_per_update,
+        batch_size=64,
         epochs=8,
-        gae_lambda=1.0,
+        gae_lambda=0.95,
         entropy=0.002,
-        target_kl=0.1,
+        target_kl=0.2,
         warmup_updates=0,
         updates_per_chunk=1,
     )
