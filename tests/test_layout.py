@@ -42,20 +42,22 @@ def _modules() -> list[tuple[str, Path]]:
 
 
 def _imports(path: Path) -> list[tuple[str, bool]]:
-    """(imported module, whether inside a function) of one file."""
+    """(imported module, whether inside a function) of one file; what only type checkers see is left out."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(function)
-    }
+    lazy, unseen = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lazy |= {id(inner) for inner in ast.walk(node)}
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            unseen |= {id(inner) for inner in ast.walk(node)}
     found = []
     for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in inside) for alias in node.names]
+            found += [(alias.name, id(node) in lazy) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.append((node.module, id(node) in inside))
+            found.append((node.module, id(node) in lazy))
     return found
 
 
