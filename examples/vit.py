@@ -1,4 +1,4 @@
-"""A ViT classifier with random weights and a batch of random images: `autoplace tune examples/vit.py:build --training`."""
+"""A ViT classifier with random weights and random images: `autoplace tune examples/vit.py:build --training`."""
 
 from __future__ import annotations
 

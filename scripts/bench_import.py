@@ -1,4 +1,4 @@
-"""How long `import autoplace` takes beside `import torch`: fresh processes in turn, medians and the ratio pair by pair."""
+"""Time `import autoplace` beside `import torch`: fresh processes in turn, medians, and the ratio pair by pair."""
 
 from __future__ import annotations
 

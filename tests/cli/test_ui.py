@@ -9,10 +9,10 @@ import time
 import urllib.request
 
 import pytest
-from autoplace.zoo.tracking import ensure_store, track_run
 
 from autoplace.cli.app import run
 from autoplace.cli.ui import chart_link
+from autoplace.zoo.tracking import ensure_store, track_run
 
 
 @pytest.fixture(scope="module")

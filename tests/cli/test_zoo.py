@@ -4,10 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-from autoplace.zoo import store
 
 from autoplace.cli.app import run
 from autoplace.policy.store import write_policy
+from autoplace.zoo import store
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
 import math
 import warnings
 
-import autoplace.envs
 import gymnasium
 import numpy as np
 import pytest
-from autoplace.envs import INFEASIBLE_REWARD, PlacementEnv, ProblemCache, best_baseline
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
+import autoplace.envs
+from autoplace.envs import INFEASIBLE_REWARD, PlacementEnv, ProblemCache, best_baseline
 from autoplace.errors import InputError
 from autoplace.outcome import Outcome
 from autoplace.policy.features import NUM_FEATURES

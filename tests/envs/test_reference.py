@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from autoplace.envs.reference import best_baseline, constructive_baselines
 
+from autoplace.envs.reference import best_baseline, constructive_baselines
 from autoplace.errors import InfeasibleError
 from autoplace.simulate.evaluator import SimulatedEvaluator
 

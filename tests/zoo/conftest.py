@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from autoplace.zoo.tracking import ensure_store
 
 from autoplace.policy.store import write_policy
+from autoplace.zoo.tracking import ensure_store
 
 
 @pytest.fixture(scope="session")

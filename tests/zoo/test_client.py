@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from autoplace.zoo._client import ensure_experiment, ensure_store, open_client, public_uri, quiet_mlflow
-from autoplace.zoo.tracking import resolve_tracking_uri, sync_command, ui_command
 
 from autoplace.errors import TrackingError
+from autoplace.zoo._client import ensure_experiment, ensure_store, open_client, public_uri, quiet_mlflow
+from autoplace.zoo.tracking import resolve_tracking_uri, sync_command, ui_command
 
 
 def test_the_flag_goes_before_the_environment_before_the_data_directory(monkeypatch, data_dir):

@@ -1,12 +1,12 @@
 """The MLflow model registry: what was registered comes back, checked."""
 
 import pytest
-from autoplace.zoo._client import open_client
-from autoplace.zoo.registry import download_policy, register_policy
-from autoplace.zoo.store import find_policy
 
 from autoplace.errors import PolicyError, TrackingError
 from autoplace.policy.store import read_policy, write_policy
+from autoplace.zoo._client import open_client
+from autoplace.zoo.registry import download_policy, register_policy
+from autoplace.zoo.store import find_policy
 
 
 def test_a_registered_policy_comes_back_by_alias(store_uri, policy_dir, data_dir):

@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
-from autoplace.zoo import store
 
 from autoplace.errors import PolicyError
 from autoplace.policy.store import read_policy
+from autoplace.zoo import store
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import multiprocessing
 import os
 
 import pytest
-from autoplace.zoo._client import open_client
-from autoplace.zoo.sync import replay
-from autoplace.zoo.tracking import track_run
 
 from autoplace.errors import TrackingError
 from autoplace.records import start_run_log
+from autoplace.zoo._client import open_client
+from autoplace.zoo.sync import replay
+from autoplace.zoo.tracking import track_run
 
 
 def left_behind(directory, *, end=True, name="left"):

@@ -6,15 +6,15 @@ import threading
 import time
 
 import pytest
+from matplotlib.figure import Figure
+
+from autoplace.outcome import Outcome
+from autoplace.records import read_records
 from autoplace.zoo import _delivery, tracking
 from autoplace.zoo._client import open_client
 from autoplace.zoo._delivery import read_delivered
 from autoplace.zoo.sync import replay
 from autoplace.zoo.tracking import track_run
-from matplotlib.figure import Figure
-
-from autoplace.outcome import Outcome
-from autoplace.records import read_records
 
 FAST = Outcome(source="measured", latency_ms=3.5, period_ms=3.0, energy_j=1.2, energy_source="model", objective=3.5)
 BROKEN = Outcome(source="measured", feasible=False, reason="out of memory")
