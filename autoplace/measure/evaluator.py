@@ -27,7 +27,7 @@ import torch
 from autoplace.errors import InputError
 from autoplace.hardware.cluster import Cluster
 from autoplace.hardware.energy import EnergyMeter, best_meter
-from autoplace.outcome import Outcome
+from autoplace.outcome import Outcome, Span
 from autoplace.plan import Plan
 from autoplace.problem import Objective
 from autoplace.runtime import Executor, build_executor
@@ -58,6 +58,7 @@ class _Candidate:
     reason: str = ""
     energy_j: list[float | None] = field(default_factory=list)
     busy_ms: list[dict[str, float]] = field(default_factory=list)
+    timeline: tuple[Span, ...] = ()
     memory: PeakMemory = field(default_factory=PeakMemory)
     passes: int = 0
 
@@ -214,6 +215,7 @@ class MeasuredEvaluator:
             clear_gradients(self.workload.model)
             assert candidate.executor is not None  # only those with one are run
             candidate.executor.busy_ms()
+            candidate.executor.timeline()
             candidate.memory.begin(trim=candidate.passes == 0)
             candidate.passes += 1
             self.meter.begin()
@@ -222,6 +224,8 @@ class MeasuredEvaluator:
             candidate = candidates[int(name)]
             busy_ms = self._busy_ms(candidate, elapsed_ms)
             candidate.busy_ms.append(busy_ms)
+            if candidate.executor is not None:
+                candidate.timeline = candidate.executor.timeline()
             if not slow_counters:
                 candidate.energy_j.append(self.meter.end(elapsed_ms, busy_ms))
 
@@ -312,4 +316,5 @@ class MeasuredEvaluator:
             peak_memory_bytes=peak_bytes(self.workload.model, self.cluster, candidate.plan, candidate.memory),
             busy_ms=busy,
             samples_ms=tuple(samples),
+            timeline=candidate.timeline,
         )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from autoplace.hardware.cluster import Cluster
+from autoplace.outcome import Span
 from autoplace.plan import Plan
 
 __all__ = ["Executor"]
@@ -41,6 +42,10 @@ class Executor(ABC):
     def busy_ms(self) -> dict[str, float]:
         """Return device name to busy milliseconds since the last call of this method."""
         return {}
+
+    def timeline(self) -> tuple[Span, ...]:
+        """Return what ran when since the last call of this method; empty where that is not known."""
+        return ()
 
     def close(self) -> None:  # noqa: B027 - an executor without threads has nothing to end
         """End the executor's threads and undo its hooks; calling it twice does nothing more."""

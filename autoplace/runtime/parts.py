@@ -19,6 +19,7 @@ import torch
 
 from autoplace.errors import ExecutionError
 from autoplace.hardware.cluster import Cluster
+from autoplace.outcome import Span
 from autoplace.plan import Plan
 
 from . import routing
@@ -54,6 +55,7 @@ class PartsExecutor(Executor):
             raise ExecutionError(f"precision {plan.precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
         replicas = [routing.resolve(model, replica.assignment, cluster) for replica in plan.replicas]
         self._targets = [{id(target.module): target for target in targets} for targets in replicas]
+        self._labels = {key: target.path or "model" for targets in self._targets for key, target in targets.items()}
         self._ledger = Ledger()
         self._controls: list[Site] = []
         self._sites: dict[str, Site] = {}
@@ -150,7 +152,7 @@ class PartsExecutor(Executor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        call = Call(module, function, args, kwargs, self._parameters(module))
+        call = Call(module, function, args, kwargs, self._parameters(module), self._labels[id(module)])
         return finish(call, wait_all([self._sites[device].start(call)]))
 
     def busy_ms(self) -> dict[str, float]:
@@ -170,6 +172,19 @@ class PartsExecutor(Executor):
                 if device.kind == "cpu" and device.host == worker.device.host:
                     busy[device.name] = busy.get(device.name, 0.0) + busy_ms * filled
         return busy
+
+    def timeline(self) -> tuple[Span, ...]:
+        """Return what ran when on the CPU devices since the last call, from the start of the first task."""
+        tasks = sorted(self._ledger.take_tasks(), key=lambda task: task[2])
+        return tuple(
+            Span(
+                resource=device,
+                label=label,
+                start_ms=(start_s - tasks[0][2]) * 1e3,
+                end_ms=(end_s - tasks[0][2]) * 1e3,
+            )
+            for device, label, start_s, end_s in tasks
+        )
 
     def close(self) -> None:
         """End the threads and take the gates out; calling it twice does nothing more."""

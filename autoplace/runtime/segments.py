@@ -76,6 +76,8 @@ class Segment:
     """One leaf per source parameter of the call; the parameter itself, or its stand-in on another device."""
     outputs: Grads
     """One per joined output: the part's tensor, or None when it has no graph."""
+    label: str = ""
+    """What was computed, for timelines."""
 
     def backward(self, grads: Grads, keep: bool) -> Grads:
         """Return the gradients of `leaves` and `parameters`, in the segment's thread."""
@@ -211,7 +213,7 @@ class _Node(torch.autograd.Function):
 def _send(segment: Segment, task: Callable[[], Grads]) -> Future[Grads]:
     """Give a task to the segment's thread; run it here when its executor was closed before the backward."""
     try:
-        return segment.thread.submit(task, segment.ledger)
+        return segment.thread.submit(task, segment.ledger, f"{segment.label} backward")
     except ExecutionError:
         done: Future[Grads] = Future()
         done.set_result(task())

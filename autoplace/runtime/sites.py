@@ -45,6 +45,7 @@ class Call:
         function: What to call; `module` itself, or its original `forward`.
         args, kwargs: The inputs.
         parameters: The module's parameters.
+        label: What it is, for timelines.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         parameters: Iterable[torch.nn.Parameter],
+        label: str = "model",
     ) -> None:
+        self.label = label
         self.module = module
         self.function = function
         self.tree = Tree((args, kwargs))
@@ -109,7 +112,7 @@ class Site:
             call: What to run.
             rows: Per leaf of the call's inputs (start, length) along dimension 0, or None for all; empty = all whole.
         """
-        return self.thread.submit(partial(self._run, call, rows), self.ledger)
+        return self.thread.submit(partial(self._run, call, rows), self.ledger, call.label)
 
     def _run(self, call: Call, rows: Sequence[Rows]) -> Part:
         leaves: Grads = []
@@ -135,7 +138,7 @@ class Site:
         if not call.graph:
             return Part(output, seen, None)
         modified = [i for i, tensor in enumerate(seen) if not tensor.is_inference() and tensor._version > 0]
-        return Part(output, seen, Segment(self.thread, self.ledger, leaves, parameters, []), modified)
+        return Part(output, seen, Segment(self.thread, self.ledger, leaves, parameters, [], call.label), modified)
 
     def _here(self, value: torch.Tensor) -> torch.Tensor:
         device = self.thread.torch_device

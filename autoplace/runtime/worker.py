@@ -34,6 +34,8 @@ __all__ = ["DeviceWorker", "Ledger", "TaskThread", "torch_device"]
 
 T = TypeVar("T")
 
+_MAX_TASKS = 4096
+"""Tasks that a ledger keeps for a timeline until they are asked for."""
 _MAX_PENDING_EVENTS = 256
 """CUDA event pairs kept before their times are read."""
 
@@ -56,17 +58,31 @@ def torch_device(device: Device) -> torch.device:
 
 
 class Ledger:
-    """Busy milliseconds of one user of workers, by device name; safe to share between threads."""
+    """What one user of workers kept them busy with, by device name; safe to share between threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._busy_ms: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._tasks: list[tuple[str, str, float, float]] = []
 
     def add(self, device: str, busy_ms: float) -> None:
         """Add busy milliseconds of a device."""
         with self._lock:
             self._busy_ms[device] = self._busy_ms.get(device, 0.0) + busy_ms
+
+    def add_task(self, device: str, label: str, start_s: float, end_s: float) -> None:
+        """Add a task of a CPU device, by the clock `time.perf_counter`; also its busy time."""
+        self.add(device, (end_s - start_s) * 1e3)
+        with self._lock:
+            if len(self._tasks) < _MAX_TASKS:
+                self._tasks.append((device, label, start_s, end_s))
+
+    def take_tasks(self) -> list[tuple[str, str, float, float]]:
+        """Return (device, label, start, end) in seconds of the tasks since the last call; the first thousands."""
+        with self._lock:
+            taken, self._tasks = self._tasks, []
+        return taken
 
     def add_events(self, device: str, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
         """Add the time between two CUDA events, read when it is asked for."""
@@ -121,6 +137,7 @@ class _Task:
     fn: Callable[[], Any]
     modes: _Modes
     ledger: Ledger | None
+    label: str
     events: list[torch.cuda.Event]
 
 
@@ -159,12 +176,13 @@ class TaskThread:
         # Same count for this thread, and again the count that threads to come start with (see note 1).
         torch.set_num_threads(before)
 
-    def submit(self, fn: Callable[[], T], ledger: Ledger | None = None) -> Future[T]:
+    def submit(self, fn: Callable[[], T], ledger: Ledger | None = None, label: str = "") -> Future[T]:
         """Queue a task, to run in the caller's grad, inference and autocast modes.
 
         Args:
             fn: The task.
             ledger: Gets the task's busy time, besides the worker's own count.
+            label: What the task is, for timelines.
 
         Returns:
             A future with the task's result or its exception, original traceback included.
@@ -172,7 +190,7 @@ class TaskThread:
         Raises:
             ExecutionError: If the worker is closed.
         """
-        task = _Task(Future(), fn, _Modes(), ledger, mark_events())
+        task = _Task(Future(), fn, _Modes(), ledger, label, mark_events())
         with self._lock:
             if self._closed:
                 raise ExecutionError(f"the worker {self.name!r} is closed; build the executor again")
@@ -208,14 +226,14 @@ class TaskThread:
                 self._closed = True
                 self._queue.put(None)
 
-    def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger]) -> T:
+    def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger], label: str) -> T:
         start = time.perf_counter()
         try:
             return fn()
         finally:
-            elapsed_ms = (time.perf_counter() - start) * 1e3
+            end = time.perf_counter()
             for ledger in ledgers:
-                ledger.add(self.name, elapsed_ms)
+                ledger.add_task(self.name, label, start, end)
 
     def _loop(self, ready: Future[None]) -> None:
         try:
@@ -240,7 +258,7 @@ class TaskThread:
         try:
             with self._streams.current(self.torch_device):
                 wait_events(task.events)
-                result = self._account(lambda: task.modes.run(task.fn), ledgers)
+                result = self._account(lambda: task.modes.run(task.fn), ledgers, task.label)
                 future.events = mark_events()  # type: ignore[attr-defined]
         except BaseException as error:  # whatever it is belongs to the submitter
             future.set_exception(error)
@@ -281,9 +299,9 @@ class DeviceWorker(TaskThread):
         cores = sorted(available & set(host_cores)) or sorted(available) if self.wide else own
         super().__init__(device.name, threads=count, cores=cores, device=place)
 
-    def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger]) -> T:
+    def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger], label: str) -> T:
         if self.torch_device is None or self.torch_device.type == "cpu":
-            return super()._account(fn, ledgers)
+            return super()._account(fn, ledgers, label)
         stream = torch.cuda.current_stream(self.torch_device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record(stream)

@@ -404,3 +404,14 @@ def test_compiled_plans_go_through_torch_compile_once_per_module(cluster, make_p
             for _ in range(2):
                 torch.testing.assert_close(executor(x), net(x))
         assert len(compiled) == count
+
+
+def test_a_timeline_shows_what_ran_on_each_device(cluster, make_plan):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with build_executor(model, make_plan({"0": A, "1": B}, microbatches=2), cluster) as executor:
+        executor(torch.randn(4, 4)).sum().backward()
+        spans = executor.timeline()
+        assert executor.timeline() == ()
+    labels = [(s.resource, s.label) for s in spans]
+    assert sorted(labels) == sorted([(A, "0"), (A, "0 backward"), (B, "1"), (B, "1 backward")] * 2)
+    assert spans[0].start_ms == 0.0 and all(s.end_ms >= s.start_ms for s in spans)
