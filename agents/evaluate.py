@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from autoplace.envs.reference import constructive_baselines
 
+from autoplace.envs.reference import constructive_baselines
 from autoplace.policy.policy import Policy
 from autoplace.policy.tables import Tables, build_tables
 from autoplace.problem import Problem

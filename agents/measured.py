@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from statistics import median_low
 
 import numpy as np
-from autoplace.envs.reference import constructive_baselines
 
+from autoplace.envs.reference import constructive_baselines
 from autoplace.errors import InfeasibleError
 from autoplace.outcome import Evaluator, Outcome
 from autoplace.plan import Plan

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from autoplace.envs import PlacementEnv, ProblemCache
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from autoplace.envs import PlacementEnv, ProblemCache
 from autoplace.policy.network import PolicyNetwork
 from autoplace.problem import Problem
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from autoplace.envs import ProblemCache
 
+from autoplace.envs import ProblemCache
 from autoplace.errors import InputError
 from autoplace.policy.network import PolicyConfig, PolicyNetwork
 from autoplace.policy.policy import Policy

@@ -97,6 +97,11 @@ class Problem:
     name: str = "problem"
     batch_size: int = 1
     """Samples in one pass; turns a period into samples per second."""
+    part: NDArray[np.int32] | None = None
+    """int32[N], the part of a split batch that each op works on, where → `simulate.expand` made the problem.
+
+    A device then takes the op of the earliest part first, so that microbatches follow each other as in a pipeline.
+    """
     thread_scale: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """Device name to {threads: latency relative to `latency_ms`}, where measured."""
 

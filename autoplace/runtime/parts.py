@@ -2,8 +2,8 @@
 
 A part is one microbatch of one replica. A replica that lies wholly on one device has its parts run by that device's
 worker. A replica over several devices has each part's call of the model made by a control thread, which sends the calls
-of the placed modules to their devices and waits; several parts keep several devices busy (a pipeline, first come first
-served at each device). A pass of one part is made by the caller's own thread.
+of the placed modules to their devices and waits; several parts keep several devices busy, a pipeline in which the parts
+take turns at each device (→ `turns`). A pass of one part is made by the caller's own thread.
 
 The code between placed modules runs in the control threads: on one intra-op thread each, and on no device's account.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ._base import Executor
 from .batch import batch_size, part_sizes
 from .segments import wait_all
 from .sites import PRECISIONS, Call, Rows, Site, finish
+from .turns import Turns, take_turn
 from .worker import DeviceWorker, Ledger, TaskThread
 
 __all__ = ["PartsExecutor"]
@@ -57,6 +59,7 @@ class PartsExecutor(Executor):
         self._targets = [{id(target.module): target for target in targets} for targets in replicas]
         self._labels = {key: target.path or "model" for targets in self._targets for key, target in targets.items()}
         self._ledger = Ledger()
+        self._turns = Turns()
         self._controls: list[Site] = []
         self._sites: dict[str, Site] = {}
         self._workers: dict[str, DeviceWorker] = {}
@@ -109,6 +112,7 @@ class PartsExecutor(Executor):
         batched = [isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == batch for x in call.tree.leaves]
         futures, sizes, start = [], [], 0
         rows: list[Rows] = []
+        of_pass = self._turns.new_pass()
         for number, (replica, size) in enumerate(part_sizes(self.plan, batch)):
             rows = [(start, size) if split else None for split in batched]
             device = whole[replica]
@@ -116,7 +120,8 @@ class PartsExecutor(Executor):
                 futures.append(self._sites[device].start(call, rows))
             else:
                 part = copy.copy(call)
-                part.function = self._routed(replica)
+                part.turn = partial(self._turns.part, number, of_pass)
+                part.function = self._routed(replica, part.turn)
                 futures.append(self._control(number).start(part, rows))
             sizes.append(size)
             start += size
@@ -132,9 +137,9 @@ class PartsExecutor(Executor):
             self._members[id(module)] = [m._parameters for m in module.modules() if m._parameters]
         return dict.fromkeys(p for own in self._members[id(module)] for p in own.values() if p is not None)
 
-    def _routed(self, replica: int) -> Callable[..., Any]:
+    def _routed(self, replica: int, turn: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with routing.routed(self._targets[replica], self._dispatch):
+            with turn(), routing.routed(self._targets[replica], self._dispatch):
                 return self.model(*args, **kwargs)
 
         return run
@@ -153,6 +158,7 @@ class PartsExecutor(Executor):
         kwargs: dict[str, Any],
     ) -> Any:
         call = Call(module, function, args, kwargs, self._parameters(module), self._labels[id(module)])
+        take_turn(device)
         return finish(call, wait_all([self._sites[device].start(call)]))
 
     def busy_ms(self) -> dict[str, float]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from autoplace.errors import ExecutionError
 
 from .streams import record_streams
+from .turns import take_turn
 from .worker import Ledger, TaskThread
 
 __all__ = ["Join", "Segment", "alias", "join", "wait_all"]
@@ -78,6 +79,8 @@ class Segment:
     """One per joined output: the part's tensor, or None when it has no graph."""
     label: str = ""
     """What was computed, for timelines."""
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered around the backward, where parts take turns on devices."""
 
     def backward(self, grads: Grads, keep: bool) -> Grads:
         """Return the gradients of `leaves` and `parameters`, in the segment's thread."""
@@ -87,7 +90,7 @@ class Segment:
             return [None] * (len(self.leaves) + len(self.parameters))
         outputs, given = zip(*pairs, strict=True)
         record_streams(given)
-        with torch.autograd.set_multithreading_enabled(False):
+        with self.turn(), torch.autograd.set_multithreading_enabled(False):
             found = iter(torch.autograd.grad(outputs, targets, given, retain_graph=keep, allow_unused=True))
         return [None if leaf is None else next(found) for leaf in (*self.leaves, *self.parameters)]
 
@@ -212,6 +215,7 @@ class _Node(torch.autograd.Function):
 
 def _send(segment: Segment, task: Callable[[], Grads]) -> Future[Grads]:
     """Give a task to the segment's thread; run it here when its executor was closed before the backward."""
+    take_turn(segment.thread.name)
     try:
         return segment.thread.submit(task, segment.ledger, f"{segment.label} backward")
     except ExecutionError:

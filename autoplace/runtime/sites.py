@@ -58,6 +58,8 @@ class Call:
         label: str = "model",
     ) -> None:
         self.label = label
+        self.turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered around the call's own work, forward and backward, where parts take turns on devices."""
         self.module = module
         self.function = function
         self.tree = Tree((args, kwargs))
@@ -138,7 +140,9 @@ class Site:
         if not call.graph:
             return Part(output, seen, None)
         modified = [i for i, tensor in enumerate(seen) if not tensor.is_inference() and tensor._version > 0]
-        return Part(output, seen, Segment(self.thread, self.ledger, leaves, parameters, [], call.label), modified)
+        return Part(
+            output, seen, Segment(self.thread, self.ledger, leaves, parameters, [], call.label, call.turn), modified
+        )
 
     def _here(self, value: torch.Tensor) -> torch.Tensor:
         device = self.thread.torch_device

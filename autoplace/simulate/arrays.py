@@ -22,8 +22,9 @@ from autoplace.problem import Problem
 __all__ = ["Arrays", "build_arrays", "link_matrices"]
 
 RULES = np.dtype(
-    [("throughput", "?"), ("blocking", "?"), ("host", "?"), ("contended", "?"), ("priority", "?"), ("any_frees", "?"),
-     ("may_not_talk", "?"), ("energy_weight", "f8"), ("finished", "i8"), ("waiting", "i8"), ("lines", "i8")],
+    [("throughput", "?"), ("blocking", "?"), ("host", "?"), ("contended", "?"), ("ranked", "?"), ("by_part", "?"),
+     ("any_frees", "?"), ("may_not_talk", "?"), ("energy_weight", "f8"), ("finished", "i8"), ("waiting", "i8"),
+     ("lines", "i8")],
     align=True,
 )  # fmt: skip
 """Semantics and objective; `may_not_talk` says that some pair of nodes has no link. Then the counters of a run."""
@@ -103,7 +104,7 @@ class Arrays(NamedTuple):
     queue: NDArray[np.void]
     """HEAP[M]: per device, from `queue_base` on, ops by (ready time, op)."""
     urgent: NDArray[np.void]
-    """HEAP[M]: per device, ready ops by (- longest path, op); empty unless `queue: priority`."""
+    """HEAP[M]: per device, ready ops by (- longest path, op) or (part, op); empty where neither counts."""
     legs: NDArray[np.void]
     """HEAP[D, T]: transfer legs that wait, by (request time, tensor); empty unless `route: host`."""
     waits: NDArray[np.void]
@@ -155,7 +156,8 @@ def _rules(problem: Problem, links: NDArray[np.float64]) -> NDArray[np.void]:
     rules["blocking"] = semantics.transfers == "blocking"
     rules["host"] = semantics.route == "host"
     rules["contended"] = semantics.contention == "link"
-    rules["priority"] = semantics.queue == "priority"
+    rules["ranked"] = semantics.queue == "priority" or problem.part is not None
+    rules["by_part"] = semantics.queue == "fifo" and problem.part is not None
     rules["any_frees"] = problem.graph.frees.any()
     rules["may_not_talk"] = np.isinf(links[:-1, -1] + links[-1, :-1] if rules["host"][0] else links[:-1, :-1]).any()
     return rules
@@ -215,6 +217,9 @@ def build_arrays(problem: Problem, base: Problem, source: NDArray[np.int32]) -> 
     devices, ops = _devices(problem), _ops(problem, source)
     links = np.zeros((len(devices) + 1, len(devices) + 1), LINKS)
     links["latency_ms"], links["ms_per_byte"] = link_matrices(problem.cluster, host=host)
+    rules = _rules(problem, links["latency_ms"])
+    if problem.part is not None and rules["by_part"][0]:
+        ops["rank_ms"] = -problem.part
     tensors = np.zeros(graph.num_tensors, TENSORS)
     tensors["producer"], tensors["bytes"] = graph.tensor_producer, graph.tensor_bytes
     pairs = np.zeros(len(edges), EDGES)
@@ -229,14 +234,14 @@ def build_arrays(problem: Problem, base: Problem, source: NDArray[np.int32]) -> 
         outputs=np.argsort(graph.tensor_producer, kind="stable").astype(np.int32),
         inputs=np.ascontiguousarray(edges[np.argsort(edges[:, 1], kind="stable"), 0], np.int32),
         consumers=np.ascontiguousarray(graph.consumers, np.int32),
-        rules=_rules(problem, links["latency_ms"]),
+        rules=rules,
         ops=ops,
         devices=devices,
         tensors=tensors,
         edges=pairs,
         links=links,
         queue=np.zeros(graph.num_ops, HEAP),
-        urgent=np.zeros(graph.num_ops if problem.semantics.queue == "priority" else 0, HEAP),
+        urgent=np.zeros(graph.num_ops if rules["ranked"][0] else 0, HEAP),
         legs=np.zeros((len(devices), graph.num_tensors if host and (contended or blocking) else 0), HEAP),
         waits=np.zeros(len(graph.consumers) if blocking and not host else 0, WAITS),
         log=np.zeros(0, LOG),

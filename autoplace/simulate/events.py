@@ -246,7 +246,7 @@ def simulate(
     """Run one pass; return its makespan, ms."""
     clear(devices, links)
     rules[0].finished = rules[0].waiting = rules[0].lines = 0
-    if rules[0].priority:
+    if rules[0].ranked and not rules[0].by_part:
         rank(rules, ops, devices, tensors, edges, links, latency_ms, order)
     for k in range(len(sources)):
         ops[sources[k]].missing = 1

@@ -5,8 +5,11 @@ shrink with s. Weights do not: an op's weights lie once on every device that hol
 the first part that puts it there. Ops of kind `barrier` (the loss of a training graph) exist once, at the full batch
 and on the first part's device, and all parts share them: what enters and leaves a barrier is each part's share.
 
-Order: part by part, and within a part the graph's own order; so ties in the simulator fall to the earlier part, and the
-microbatches of a replica keep their order. It does not know the gradient sum over replicas: parameters are shared.
+Order: part by part, and within a part the graph's own order. With `queue: fifo` a device takes the ready op of the
+earliest part, so that the microbatches of a replica follow each other; first come, first served over all parts would
+let them run in step, each waiting for all others at every stage.
+
+It does not know the gradient sum over replicas: parameters are shared.
 """
 
 from __future__ import annotations
@@ -112,7 +115,10 @@ def _repeat(problem: Problem, shares: Sequence[float]) -> tuple[Problem, NDArray
     latency = _scaled(problem, source, scale)
     overhead = None if problem.overhead_ms is None else problem.overhead_ms[source]
     semantics = replace(problem.semantics, microbatches=1)
-    return problem.with_(graph=larger, latency_ms=latency, overhead_ms=overhead, semantics=semantics), source, part
+    larger_problem = problem.with_(
+        graph=larger, latency_ms=latency, overhead_ms=overhead, semantics=semantics, part=part
+    )
+    return larger_problem, source, part
 
 
 def _scaled(problem: Problem, source: NDArray[np.int32], scale: NDArray[np.float64]) -> NDArray[np.float64]:

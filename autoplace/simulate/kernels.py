@@ -6,8 +6,9 @@ Rules, so that every figure has exactly one value (DESIGN section 5 says the res
    that ends then, device by device, and then starts all that can start. An op or a blocking transfer that takes no time
    ends in a further round of the same moment; an overlapped one arrives in the round that requests it.
 2. An op is ready when the last of its inputs is on its device. A free device takes, by `queue: fifo`, the ready op with
-   the least (ready time, op index); by `queue: priority`, the ready op with the longest path to the end, then the least
-   index. A path's length is the op latencies on the devices assigned and the transfers between them, uncontended.
+   the least (ready time, op index), or, where a batch is split into parts, the least (part, op index); by
+   `queue: priority`, the ready op with the longest path to the end, then the least index. A path's length is the op
+   latencies on the devices assigned and the transfers between them, uncontended.
 3. A transfer is requested when its producer finishes: one per (tensor, receiving device), none for the producer's own
    device. It takes the link's latency + bytes / bandwidth; a tensor of no bytes still takes the latency.
 4. `route: host`: the tensor goes once from the sender to host memory (out leg) and from there once to each receiver (in

@@ -171,7 +171,7 @@ def carry(rules, tensors, links, log, tensor, source, target, now):
 def take(rules, ops, devices, queue, urgent, d, now):
     """Take the op that device `d` runs next off its queue, or -1 when none is ready."""
     base = devices[d].queue_base
-    if not rules[0].priority:
+    if not rules[0].ranked:
         if devices[d].queue_size == 0 or queue[base].key > now:
             return -1
         op = pop(queue, base, devices[d].queue_size)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+
 from autoplace.agents.ppo import PpoConfig
 from autoplace.agents.train import TrainConfig
-
 from autoplace.graph.opgraph import OpGraph
 from autoplace.hardware.cluster import Cluster, Device, Link
 from autoplace.problem import Problem

@@ -1,8 +1,8 @@
 import numpy as np
 import torch
-from autoplace.agents.actor_critic import PlacementActorCritic
 from gymnasium import spaces
 
+from autoplace.agents.actor_critic import PlacementActorCritic
 from autoplace.policy.features import NUM_FEATURES
 from autoplace.policy.network import PolicyNetwork
 

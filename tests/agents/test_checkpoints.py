@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from autoplace.agents.checkpoints import Checkpoint, Checkpoints
 
+from autoplace.agents.checkpoints import Checkpoint, Checkpoints
 from autoplace.errors import InputError
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from autoplace.agents.distribution import (
     HELD_OUT_CLUSTERS,
     HELD_OUT_FAMILIES,
@@ -11,7 +12,6 @@ from autoplace.agents.distribution import (
 )
 from autoplace.agents.families import FAMILIES
 from autoplace.envs.reference import constructive_baselines
-
 from autoplace.errors import InputError
 
 

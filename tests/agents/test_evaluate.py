@@ -1,9 +1,9 @@
 import math
 
 import pytest
+
 from autoplace.agents.distribution import held_out_problems
 from autoplace.agents.evaluate import Bench, compare
-
 from autoplace.policy.network import PolicyNetwork
 from autoplace.policy.policy import Policy
 from autoplace.simulate.evaluator import SimulatedEvaluator

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from autoplace.agents.families import FAMILIES
 
+from autoplace.agents.families import FAMILIES
 from autoplace.graph.opgraph import OpGraph
 
 

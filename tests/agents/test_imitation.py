@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from autoplace.agents.imitation import best_known, clone_epoch, demonstrate
 
+from autoplace.agents.imitation import best_known, clone_epoch, demonstrate
 from autoplace.errors import InputError
 from autoplace.policy.network import PolicyNetwork
 from autoplace.policy.policy import Policy

@@ -3,10 +3,10 @@ import math
 
 import numpy as np
 import pytest
+
 from autoplace.agents.measured import MeasuredCase, ReferencedEvaluator
 from autoplace.agents.plots import measured_reward_figure, read_measured_rewards
 from autoplace.agents.train import train
-
 from autoplace.errors import InfeasibleError
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from autoplace.agents.ppo import PpoConfig, PpoTrainer
 
+from autoplace.agents.ppo import PpoConfig, PpoTrainer
 from autoplace.policy.network import PolicyConfig, PolicyNetwork
 from autoplace.policy.policy import Policy
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from autoplace.agents.train import TrainConfig, train
 
+from autoplace.agents.train import TrainConfig, train
 from autoplace.errors import InputError
 from autoplace.policy.policy import Policy
 

@@ -415,3 +415,41 @@ def test_a_timeline_shows_what_ran_on_each_device(cluster, make_plan):
     labels = [(s.resource, s.label) for s in spans]
     assert sorted(labels) == sorted([(A, "0"), (A, "0 backward"), (B, "1"), (B, "1 backward")] * 2)
     assert spans[0].start_ms == 0.0 and all(s.end_ms >= s.start_ms for s in spans)
+
+
+class Slow(nn.Module):
+    """Takes a while, as a layer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        time.sleep(0.01)
+        return x * self.scale
+
+
+def test_parts_follow_each_other_through_the_stages(cluster, make_plan):
+    model = nn.Sequential(Slow(), Slow(), Slow(), Slow())
+    plan = make_plan({"0": A, "1": A, "2": B, "3": B}, microbatches=3)
+    with build_executor(model, plan, cluster) as executor:
+        executor(torch.ones(3, 1)).sum().backward()
+        spans = executor.timeline()
+    on = {device: [s.label for s in spans if s.resource == device] for device in (A, B)}
+    assert on[A] == ["0", "1"] * 3 + ["1 backward", "0 backward"] * 3
+    assert on[B] == ["2", "3"] * 3 + ["3 backward", "2 backward"] * 3
+    assert model[0].scale.grad == 3 * 8
+
+
+def test_a_part_that_fails_gives_its_turn_up(cluster, make_plan):
+    class Picky(nn.Module):
+        def forward(self, x):
+            if (x == 0).any():
+                raise ValueError("no zeros")
+            return x
+
+    model = nn.Sequential(Picky(), nn.Identity(), nn.Linear(1, 1))
+    with build_executor(model, make_plan({"0": A, "1": A, "2": B}, microbatches=3), cluster) as executor:
+        with pytest.raises(ValueError, match="no zeros"):
+            executor(torch.tensor([[0.0], [1.0], [2.0]]))
+        assert executor(torch.ones(3, 1)).shape == (3, 1)

@@ -187,7 +187,9 @@ class Reference:
         self.at(now + cost, self.end_leg, tensor, d, resource, outward)
 
     def start_op(self, now, d):
-        if self.semantics.queue == "fifo":
+        if self.semantics.queue == "fifo" and self.problem.part is not None:
+            entry = min(self.ready[d], key=lambda e: (self.problem.part[e[1]], e[1]))
+        elif self.semantics.queue == "fifo":
             entry = min(self.ready[d])
         else:
             entry = min(self.ready[d], key=lambda e: (-self.rank(e[1]), e[1]))

@@ -141,3 +141,17 @@ def test_equal_parts_equal_the_expanded_problem(random_problem, reference):
         wanted = reference.evaluate(larger, device)
         found = SimulatedEvaluator(problem).outcome(plan)
         assert found.feasible == wanted.feasible and found.objective == wanted.objective
+
+
+def test_microbatches_follow_each_other_from_stage_to_stage():
+    graph = OpGraph.build(names=list("abcd"), edges=[(0, [1], 0.0), (1, [2], 0.0), (2, [3], 0.0)])
+    cluster = Cluster(
+        devices=(Device(name="h/cpu:0", kind="cpu"), Device(name="h/cpu:1", kind="cpu")),
+        default_link=Link(latency_ms=0.0, bytes_per_ms=1e9),
+    )
+    problem = Problem(
+        graph=graph, cluster=cluster, latency_ms=np.full((4, 2), 4.0), semantics=Semantics(microbatches=2)
+    )
+    # Two stages of two ops of 2 ms a part: part 0 leaves the first stage at 4 ms, part 1 the second one at 12 ms.
+    # In step, part 0 would leave the first stage at 6 ms and part 1 the second one at 14 ms.
+    assert SimulatedEvaluator(problem).outcome(np.array([0, 0, 1, 1])).latency_ms == pytest.approx(12.0)
