@@ -1,7 +1,8 @@
 """Which plan is kept: the rules of "never slower" as pure functions over measured Outcomes.
 
-A plan replaces plain PyTorch only when it computes the same, and is better in the objective by more than the noise
-measured in the same interleaved run. The gain of a plan over plain PyTorch is
+The best few plans are screened in a short interleaved run; those that gain (→ `finalists`) run again, longer, and that
+run decides (→ `choose`). A plan replaces plain PyTorch only when it computes the same, and is better in the objective
+by more than the A/A noise measured in the same run. The gain of a plan over plain PyTorch is
 
     (latency ratio)^(1-w) * (energy ratio)^w          → `gain_interval`
 
@@ -11,7 +12,7 @@ Outcomes' energies, which must come from one source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from autoplace.measure.protocol import aa_noise, pair_ratios
@@ -19,8 +20,10 @@ from autoplace.outcome import Outcome
 from autoplace.problem import Objective
 from autoplace.result import Candidate
 
-__all__ = ["Ratio", "choose", "compare", "noise_of"]
+__all__ = ["Ratio", "choose", "compare", "finalists", "noise_of"]
 
+MOST_FINALISTS = 3
+"""Plans in the deciding run, beside plain PyTorch twice."""
 NOISE_FLOOR = 0.01
 """Gains below one per cent are never believed, whatever the A/A run says."""
 
@@ -68,28 +71,39 @@ def noise_of(plain: Outcome, again: Outcome) -> float:
     return max(NOISE_FLOOR, aa_noise(plain.samples_ms, again.samples_ms))
 
 
-def choose(candidates: Sequence[Candidate], *, noise: float) -> list[Candidate]:
+def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the measured plans whose median gain is above 1, best first, a few at most; plain PyTorch comes first."""
+    able = [c for c in candidates[1:] if c.measured is not None and c.measured.feasible and (c.gain or 0.0) > 1.0]
+    return sorted(able, key=lambda c: -(c.gain or 0.0))[:MOST_FINALISTS]
+
+
+def choose(candidates: Sequence[Candidate], final: Collection[str], *, noise: float) -> list[Candidate]:
     """Fill in verdicts and mark the kept candidate.
 
     Args:
         candidates: Measured or not; the first is plain PyTorch.
-        noise: A/A noise of the run in which they were measured, as a fraction.
+        final: Labels of the plans in the deciding run, which alone may be kept.
+        noise: A/A noise of that run, as a fraction.
 
     Returns:
         The same candidates in the same order, exactly one of them kept.
     """
-    winners = [c for c in candidates[1:] if _refusal(c, noise) is None]
-    best = max(winners, key=lambda c: c.gain or 0.0, default=candidates[0])
+    plain = candidates[0]
+    winners = [c for c in candidates[1:] if c.label in final and _refusal(c, final, noise) is None]
+    best = max(winners, key=lambda c: c.gain or 0.0, default=plain)
     judged = []
     for candidate in candidates:
-        verdict = "kept" if candidate is best else _refusal(candidate, noise)
-        if candidate is candidates[0]:
-            verdict = "kept: nothing beats it beyond the noise" if candidate is best else "baseline"
-        judged.append(replace(candidate, kept=candidate is best, verdict=verdict or f"slower than {best.label}"))
+        if candidate is plain:
+            verdict = "kept: nothing beats it beyond the noise" if best is plain else "baseline"
+        elif candidate is best:
+            verdict = "kept"
+        else:
+            verdict = _refusal(candidate, final, noise) or f"slower than {best.label}"
+        judged.append(replace(candidate, kept=candidate is best, verdict=verdict))
     return judged
 
 
-def _refusal(candidate: Candidate, noise: float) -> str | None:
+def _refusal(candidate: Candidate, final: Collection[str], noise: float) -> str | None:
     """Why a candidate may not replace plain PyTorch; None when it may."""
     if candidate.measured is None:
         if candidate.predicted is not None and not candidate.predicted.feasible:
@@ -97,8 +111,10 @@ def _refusal(candidate: Candidate, noise: float) -> str | None:
         return "not measured: predicted slower"
     if not candidate.measured.feasible:
         return candidate.measured.reason
-    if candidate.gain is None or candidate.speedup_interval is None or candidate.gain_low is None:
+    if candidate.gain is None or candidate.gain_low is None:
         return "no energy figure to compare"
-    if candidate.gain <= 1.0 + noise or candidate.gain_low <= 1.0:
-        return f"not better beyond the noise (±{noise:.1%})" if candidate.gain > 1.0 - noise else "worse than plain"
-    return None
+    if candidate.label in final and (candidate.gain <= 1.0 + noise or candidate.gain_low <= 1.0):
+        return f"not better beyond the noise (±{noise:.1%})"
+    if candidate.gain <= 1.0:
+        return "worse than plain PyTorch"
+    return None if candidate.label in final else "left out of the deciding run: others gained more"

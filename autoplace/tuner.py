@@ -58,7 +58,7 @@ class TuneConfig:
     measured_plans: int = 5
     """How many of the best predicted plans are measured."""
     rounds: int = 7
-    """Interleaved rounds of the first measurement; the winner is confirmed with three times as many."""
+    """Interleaved rounds of the first measurement; the finalists get three times as many."""
     compile: bool = False
     """Whether plain `torch.compile` is a candidate too."""
     use_cache: bool = True
@@ -150,8 +150,8 @@ def tune(
             if record is not None and candidate.predicted is not None:
                 record(candidate.label, candidate.predicted)
     with phases.phase("measure") as step:
-        measurement = _Measurement(workload, cluster, config, record)
-        candidates = measurement.run(candidates, step)
+        measurement = _Measurement(workload, cluster, config, record, step)
+        candidates = measurement.run(candidates)
     labels = [str(label) for label in costs.labels.ravel()]
     return TuneResult(
         model_name=workload.name,
@@ -199,41 +199,53 @@ def _policy(config: TuneConfig) -> tuple[Policy | None, list[str]]:
 
 
 class _Measurement:
-    """Measures the best few plans beside plain PyTorch, and confirms the winner in a run of its own."""
+    """Screens the best few plans beside plain PyTorch, and decides among the finalists in a longer run."""
 
-    def __init__(self, workload: Workload, cluster: Cluster, config: TuneConfig, record: Record | None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        cluster: Cluster,
+        config: TuneConfig,
+        record: Record | None,
+        step: Callable[[int, int], None],
+    ) -> None:
         from autoplace.measure.evaluator import MeasuredEvaluator
 
         self._config = config
         self._record = record or (lambda _label, _outcome: None)
+        self._step = step
+        self._done = self._total = 0
         self._same = "same outputs" + (" and gradients" if workload.training else "")
         self._evaluator = MeasuredEvaluator(
-            workload, cluster, objective=config.objective, limit_s=config.budget_s / 6, repeats=config.rounds
+            workload,
+            cluster,
+            objective=config.objective,
+            limit_s=config.budget_s / 6,
+            warmup=_WARMUP,
+            progress=lambda _plan, _round: self._advance(),
         )
         self.noise = choosing.NOISE_FLOOR
 
-    def run(self, candidates: Sequence[Candidate], step: Callable[[int, int], None]) -> list[Candidate]:
+    def run(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Return all candidates with verdicts, plain PyTorch first."""
         chosen = select(candidates, self._config.measured_plans)
         if self._config.compile:
             chosen.append(Candidate(label="plain torch.compile", plan=Plan.plain().with_(compiled=True)))
         half_s = self._config.budget_s / 2
-        step(0, 2)
         measured = self._beside_plain(chosen, self._rounds(chosen, half_s, self._config.rounds))
-        step(1, 2)
-        confirmed: set[str] = set()
-        while True:
-            best = next(c for c in choosing.choose(measured, noise=self.noise) if c.kept)
-            if best.label == measured[0].label or best.label in confirmed:
-                break
-            # The best of several short runs is flattered by chance. Its row, and plain PyTorch's, show a longer run.
-            plain, row = self._beside_plain([best], self._rounds([best], half_s, _CONFIRM_FACTOR * self._config.rounds))
-            confirmed.add(best.label)
-            measured = [plain, *(row if c.label == best.label else c for c in measured[1:])]
-        step(2, 2)
+        finalists = choosing.finalists(measured)
+        if finalists:
+            # The best of several short runs is flattered by chance, so a run of their own decides, with its own noise.
+            rounds = self._rounds(finalists, half_s, _FINAL_FACTOR * self._config.rounds)
+            final = {row.label: row for row in self._beside_plain(finalists, rounds)}
+            measured = [final.get(c.label, c) for c in measured]
         by_label = {c.label: c for c in measured}
         rows = {c.label: by_label.get(c.label, c) for c in [*measured, *candidates]}
-        return choosing.choose(list(rows.values()), noise=self.noise)
+        return choosing.choose(list(rows.values()), {c.label for c in finalists}, noise=self.noise)
+
+    def _advance(self) -> None:
+        self._done += 1
+        self._step(self._done, max(self._done, self._total))
 
     def _rounds(self, chosen: Sequence[Candidate], seconds: float, wanted: int) -> int:
         """Return how many interleaved rounds fit, judged by the predictions.
@@ -242,15 +254,16 @@ class _Measurement:
         """
         predicted_ms = [c.predicted.latency_ms for c in chosen if c.predicted is not None]
         round_ms = 2 * (sum(predicted_ms) + 2 * max(predicted_ms, default=1.0))
-        return max(_LEAST_ROUNDS, min(wanted, int(seconds * 1e3 / max(round_ms, 1e-3))))
+        return max(min(wanted, _LEAST_ROUNDS), min(wanted, int(seconds * 1e3 / max(round_ms, 1e-3))))
 
     def _beside_plain(self, chosen: Sequence[Candidate], rounds: int) -> list[Candidate]:
         """Measure plans interleaved with plain PyTorch, which runs twice a round; returns plain first."""
         plans = [Plan.plain(), Plan.plain(), *(c.plan for c in chosen)]
+        self._total += len(plans) * (_WARMUP + rounds)
         plain, again, *outcomes = self._evaluator.evaluate_interleaved(plans, rounds)
         if not plain.feasible:
             raise InputError(f"plain PyTorch cannot run this model on these inputs: {plain.reason}")
-        self.noise = max(self.noise, choosing.noise_of(plain, again))
+        self.noise = choosing.noise_of(plain, again)
         rows = [replace(_PLAIN_ROW, measured=plain)]
         self._record(_PLAIN_ROW.label, plain)
         for candidate, outcome in zip(chosen, outcomes, strict=True):
@@ -272,8 +285,10 @@ class _Measurement:
         )
 
 
-_CONFIRM_FACTOR = 3
-"""The winner is confirmed with this many times the rounds of the first measurement."""
+_FINAL_FACTOR = 3
+"""The finalists are decided on with this many times the rounds of the first measurement."""
+_WARMUP = 2
+"""Rounds before the counted ones."""
 _LEAST_ROUNDS = 5
 """Fewer rounds give no quartiles worth the name."""
 _PLAIN_ROW = Candidate(label="plain PyTorch", plan=Plan.plain(), speedup=1.0, gain=1.0, check="reference")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from autoplace.choose import choose, compare, noise_of
+from autoplace.choose import MOST_FINALISTS, choose, compare, finalists, noise_of
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan, Replica
 from autoplace.problem import Objective
 from autoplace.result import Candidate
+
+FINAL = {"fast", "same", "wild", "broken", "frugal"}
 
 
 def _outcome(*samples_ms: float, energy_j: float | None = None, source: str | None = "model") -> Outcome:
@@ -42,14 +44,14 @@ def _plain(outcome: Outcome) -> Candidate:
 
 def test_a_clear_winner_is_kept():
     plain = _outcome(10.0, 10.1, 9.9, 10.0)
-    rows = choose([_plain(plain), _candidate("fast", _outcome(5.0, 5.1, 4.9, 5.0), plain)], noise=0.02)
+    rows = choose([_plain(plain), _candidate("fast", _outcome(5.0, 5.1, 4.9, 5.0), plain)], FINAL, noise=0.02)
     assert [r.kept for r in rows] == [False, True]
     assert rows[1].speedup == pytest.approx(2.0, rel=0.05)
 
 
 def test_a_gain_within_the_noise_is_refused():
     plain = _outcome(10.0, 10.0, 10.0, 10.0)
-    rows = choose([_plain(plain), _candidate("same", _outcome(9.8, 9.8, 9.8, 9.8), plain)], noise=0.05)
+    rows = choose([_plain(plain), _candidate("same", _outcome(9.8, 9.8, 9.8, 9.8), plain)], FINAL, noise=0.05)
     assert rows[0].kept
     assert "noise" in rows[1].verdict
 
@@ -57,13 +59,13 @@ def test_a_gain_within_the_noise_is_refused():
 def test_a_gain_whose_lower_quartile_is_below_plain_is_refused():
     plain = _outcome(10.0, 10.0, 10.0, 10.0, 10.0)
     wild = _outcome(5.0, 5.0, 6.0, 20.0, 20.0)
-    assert choose([_plain(plain), _candidate("wild", wild, plain)], noise=0.02)[0].kept
+    assert choose([_plain(plain), _candidate("wild", wild, plain)], FINAL, noise=0.02)[0].kept
 
 
 def test_an_infeasible_plan_is_refused_with_its_reason():
     plain = _outcome(10.0, 10.0, 10.0)
     broken = Outcome(source="measured", feasible=False, reason="the outputs differ")
-    rows = choose([_plain(plain), _candidate("broken", broken, plain)], noise=0.01)
+    rows = choose([_plain(plain), _candidate("broken", broken, plain)], FINAL, noise=0.01)
     assert rows[0].kept
     assert rows[1].verdict == "the outputs differ"
 
@@ -75,7 +77,7 @@ def test_energy_counts_by_its_weight():
     ratio = compare(plain, frugal, objective)
     assert ratio is not None
     assert ratio.gain == pytest.approx((10 / 11) ** 0.5 * 2.0)
-    assert choose([_plain(plain), _candidate("frugal", frugal, plain, objective)], noise=0.02)[1].kept
+    assert choose([_plain(plain), _candidate("frugal", frugal, plain, objective)], FINAL, noise=0.02)[1].kept
 
 
 def test_energies_of_different_sources_are_never_compared():
@@ -89,3 +91,15 @@ def test_noise_is_infinite_when_plain_failed_and_has_a_floor():
     good, bad = _outcome(10.0, 10.0, 10.0), Outcome(source="measured", feasible=False, reason="raised")
     assert noise_of(good, bad) == float("inf")
     assert noise_of(good, good) == pytest.approx(0.01)
+
+
+def test_only_what_gains_goes_into_the_deciding_run_and_only_that_is_kept():
+    plain = _outcome(10.0, 10.0, 10.0)
+    rows = [_plain(plain)]
+    rows += [_candidate(f"x{ms}", _outcome(ms, ms, ms), plain) for ms in (11.0, 9.0, 8.0, 7.0, 6.0)]
+    final = finalists(rows)
+    assert [c.label for c in final] == ["x6.0", "x7.0", "x8.0"] and len(final) == MOST_FINALISTS
+    judged = {c.label: c for c in choose(rows, {"x7.0", "x8.0"}, noise=0.02)}
+    assert judged["x7.0"].kept
+    assert "left out" in judged["x6.0"].verdict and "worse" in judged["x11.0"].verdict
+    assert judged["x8.0"].verdict == "slower than x7.0"

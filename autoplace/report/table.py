@@ -110,7 +110,7 @@ def candidates_table(result: TuneResult) -> Table:
         )
     table.caption = (
         "≈ predicted, not measured. Speed-ups compare each plan with plain PyTorch round by round; "
-        "the kept plan and plain PyTorch show the longer confirming run."
+        "plain PyTorch and the plans that gained show a second, longer run, which decided."
     )
     table.caption_justify = "left"
     return table
