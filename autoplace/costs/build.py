@@ -1,5 +1,7 @@
 """`build_problem`: from a workload and a cluster to a Problem, every group's latency measured where it can be.
 
+The graph is that of the groups in program order, as the executors run them (→ `graph.program_order`).
+
 Devices of the same kind, model and number of cores on this host share one measurement. A device that is not here, or
 on which the model cannot run, gets an estimate (→ `roofline`) and is labelled so. Measurements are cached by everything
 that changes them (→ `cache`).
@@ -23,6 +25,7 @@ from autoplace.costs.roofline import Peaks, assumed_peaks, measure_peaks, scaled
 from autoplace.errors import AutoplaceError, InputError
 from autoplace.graph.backward import with_backward
 from autoplace.graph.coarsen import Grouping
+from autoplace.graph.program_order import in_program_order
 from autoplace.hardware.cluster import Cluster, Device
 from autoplace.hardware.cores import cpu_model
 from autoplace.problem import Objective, Problem, Semantics
@@ -75,14 +78,15 @@ def build_problem(
         repeats: Passes to take medians over.
 
     Returns:
-        The problem, over `with_backward(grouping.graph)` in training, and where its figures come from.
+        The problem over the groups in program order (`with_backward` in training), and where its figures come from.
 
     Raises:
         InputError: If the model runs on none of the devices that are here.
     """
     builder = _Builder(workload, grouping, cluster, use_cache, repeats, progress)
     times, labels = builder.times(), builder.labels
-    graph = with_backward(grouping.graph) if workload.training else grouping.graph
+    graph = in_program_order(grouping.graph)
+    graph = with_backward(graph) if workload.training else graph
     problem = Problem(
         graph=graph,
         cluster=cluster,
