@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 from results import save
 
@@ -23,6 +24,16 @@ CASES = (
     ("examples/mlp.py:build", False),
     ("examples/mlp.py:build", True),
 )
+
+
+def _short(candidate: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the results wants of a measured candidate."""
+    measured, predicted = candidate["measured"], candidate["predicted"] or {}
+    return {
+        **{key: candidate[key] for key in ("label", "speedup", "speedup_interval", "gain", "verdict", "kept")},
+        "predicted_ms": predicted.get("latency_ms"),
+        **{key: measured[key] for key in ("latency_ms", "energy_j", "energy_source", "samples_ms") if key in measured},
+    }
 
 
 def main() -> None:
@@ -51,7 +62,7 @@ def main() -> None:
     mean = math.exp(sum(math.log(float(r["chosen_speedup"])) for r in rows) / len(rows))
     print(f"geometric mean of the speed-ups over plain PyTorch: {mean:.3f}")
     for row in rows:
-        row.pop("candidates")
+        row["candidates"] = [_short(c) for c in row["candidates"] if c["measured"]]
     save("local", seed=options.seed, data={"geometric_mean": mean, "rows": rows})
 
 
