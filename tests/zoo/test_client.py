@@ -1,7 +1,6 @@
 """The border to MLflow: which store is meant, and that opening it is safe and quiet."""
 
 import logging
-import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -65,23 +64,28 @@ def test_the_environment_and_the_loggers_come_back(monkeypatch):
     assert logging.getLogger("alembic").level == level
 
 
-def _open_and_write(uri, barrier, name):
-    barrier.wait()
-    client = open_client(uri)
-    experiment = ensure_experiment(client, uri, "together")
-    client.create_run(experiment, tags={"mlflow.runName": name})
+_OPEN_AND_WRITE = """
+import sys
+from autoplace.zoo._client import ensure_experiment, open_client
+uri, name = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+client = open_client(uri)
+client.create_run(ensure_experiment(client, uri, "together"), tags={"mlflow.runName": name})
+"""
 
 
 def test_two_processes_open_a_fresh_store_at_once(tmp_path):
     uri = f"sqlite:///{tmp_path / 'fresh' / 'mlflow.db'}"
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
-    workers = [context.Process(target=_open_and_write, args=(uri, barrier, name)) for name in ("one", "two")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([sys.executable, "-c", _OPEN_AND_WRITE, uri, name], **pipes) for name in ("one", "two")]
+    assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 2
     for worker in workers:
-        worker.start()
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
     for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+        worker.communicate(timeout=120)
+    assert [worker.returncode for worker in workers] == [0, 0]
     with sqlite3.connect(tmp_path / "fresh" / "mlflow.db") as database:
         assert database.execute("pragma integrity_check").fetchone() == ("ok",)
         assert database.execute("select count(*) from experiments where name = 'together'").fetchone() == (1,)

@@ -1,8 +1,8 @@
 """Replay: whatever is left on disk gets to the store, once."""
 
 import json
-import multiprocessing
-import os
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +10,6 @@ from autoplace.errors import TrackingError
 from autoplace.records import start_run_log
 from autoplace.zoo._client import open_client
 from autoplace.zoo.sync import replay
-from autoplace.zoo.tracking import track_run
 
 
 def left_behind(directory, *, end=True, name="left"):
@@ -50,19 +49,18 @@ def test_a_replay_that_was_cut_off_repeats_nothing(store_uri, tmp_path):
     assert len(client.get_metric_history(run.info.run_id, "reward")) == 5
 
 
-def _die_in_a_run(uri, directory):
-    with track_run("train", "killed", tracking_uri=uri, records_dir=directory) as run:
-        run.log_metrics({"reward": 1.0}, 0)
-        os._exit(9)
+_DIE_IN_A_RUN = """
+import os, sys
+from autoplace.zoo.tracking import track_run
+with track_run("train", "killed", tracking_uri="http://127.0.0.1:9", records_dir=sys.argv[1]) as run:
+    run.log_metrics({"reward": 1.0}, 0)
+    os._exit(9)
+"""
 
 
 def test_the_run_of_a_dead_process_is_delivered_as_failed(tmp_path, store_uri):
-    process = multiprocessing.get_context("spawn").Process(
-        target=_die_in_a_run, args=("http://127.0.0.1:9", tmp_path / "records")
-    )
-    process.start()
-    process.join(120)
-    assert process.exitcode == 9
+    process = subprocess.run([sys.executable, "-c", _DIE_IN_A_RUN, str(tmp_path / "records")], timeout=120)
+    assert process.returncode == 9
     assert replay(tmp_path / "records", store_uri).delivered == 1
     (record,) = (tmp_path / "records").glob("*.jsonl")
     _, (run,) = runs_of(store_uri, record)
