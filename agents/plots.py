@@ -32,26 +32,32 @@ def read_measured_rewards(path: str | Path) -> list[float]:
     return rewards
 
 
-def measured_reward_figure(rewards: list[float], *, window: int = 10) -> Figure:
+def measured_reward_figure(rewards: list[float], *, window: int = 15) -> Figure:
     """Return a plot of the measured rewards over real plans.
 
     Args:
         rewards: log(J_reference / J) of every real plan, in order.
-        window: Plans in the moving average.
+        window: Plans in the moving average, which starts where there are as many.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    plans = np.arange(1, len(rewards) + 1)
-    axes.plot(plans, rewards, ".", color="#9aa5b1", label="one plan")
-    if rewards:
-        sums = np.cumsum([0.0, *rewards])
-        first = np.maximum(plans - window, 0)
-        axes.plot(plans, (sums[plans] - sums[first]) / (plans - first), color="#1f6feb", label=f"mean of last {window}")
-    axes.axhline(0.0, color="#444444", linewidth=0.8, linestyle="--", label="best non-learned plan")
-    axes.set_xlabel("plan run on the devices")
-    axes.set_ylabel("measured reward, log(J reference / J)")
+    values, plans = np.asarray(rewards, float), np.arange(1, len(rewards) + 1)
+    axes.plot(plans, values, "o", markersize=4, color="#8b97a5", alpha=0.6, label="one plan")
+    if len(values):
+        width = min(window, len(values))
+        averages = np.convolve(values, np.full(width, 1.0 / width), mode="valid")
+        axes.plot(plans[width - 1 :], averages, color="#1f6feb", linewidth=2.2, label=f"mean of the last {width} plans")
+    axes.axhline(0.0, color="#222222", linewidth=1.2, linestyle="--", label="best non-learned plan")
+    axes.set_xlabel("plans run on the devices (count)")
+    axes.set_ylabel("measured reward, ln(J reference / J)")
+    right = axes.secondary_yaxis("right", functions=(lambda y: y, lambda y: y))
+    ticks = [0.125, 0.25, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 4.0]
+    right.set_yticks([float(np.log(t)) for t in ticks], [f"{t:g}x" for t in ticks])
+    right.set_ylabel("J reference / J (ratio)")
+    axes.grid(axis="y", color="#e3e6ea")
+    axes.set_axisbelow(True)
     axes.set_title("Reward of real runs during training")
-    axes.legend()
+    axes.legend(loc="lower right")
     return figure

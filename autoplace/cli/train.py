@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from autoplace.agents.measured import MeasuredCase
     from autoplace.agents.train import TrainConfig
     from autoplace.hardware.cluster import Cluster
-    from autoplace.problem import Objective, Problem
+    from autoplace.problem import Objective, Problem, Semantics
     from autoplace.workload import Workload
+    from autoplace.zoo import RunTracker
 
 __all__ = ["train"]
 
@@ -46,6 +47,10 @@ def train(
     ] = 2_000_000,
     plans_measure: Annotated[int, typer.Option("--plans-measure", help="Real plans of PPO by measurement.")] = 100,
     groups_measure: Annotated[int, typer.Option("--groups-measure", help="Most groups of a measured model.")] = 12,
+    microbatches_measure: Annotated[
+        int,
+        typer.Option("--microbatches-measure", min=1, help="Parts of the batch where a plan has several devices."),
+    ] = 2,
     energy_weight: Annotated[
         float, typer.Option("--energy-weight", help="w of latency^(1-w) * energy^w that real runs are rewarded for.")
     ] = 0.0,
@@ -58,7 +63,7 @@ def train(
     from rich.console import Console
 
     from autoplace.agents.train import STAGES, TrainConfig
-    from autoplace.problem import Objective
+    from autoplace.problem import Objective, Semantics
 
     console = Console()
     stages = tuple(stage) if stage else STAGES if model else STAGES[:2]
@@ -80,7 +85,8 @@ def train(
     if "measure" in stages and not model:
         raise InputError("the stage measure needs a model to run; pass --model file.py:function")
     objective = Objective(energy_weight=energy_weight)
-    found, measured = _models(console, model or [], cluster, training, stages, objective, groups_measure)
+    semantics = Semantics(microbatches=microbatches_measure)
+    found, measured = _models(console, model or [], cluster, training, stages, objective, groups_measure, semantics)
     _run(console, config, found, measured, tracking_uri)
 
 
@@ -107,6 +113,7 @@ def _models(
     stages: tuple[str, ...],
     objective: Objective,
     groups: int,
+    semantics: Semantics,
 ) -> tuple[list[Problem], list[MeasuredCase]]:
     """Build the problems of the person's models, and the small ones that are run for real."""
     if not specs:
@@ -124,16 +131,20 @@ def _models(
         if set(stages) & {"imitate", "simulate"}:
             problems += variants([model_problem(workload, cluster, max_groups=g) for g in (16, 64)])
         if "measure" in stages:
-            measured.append(_case(workload, cluster, objective, groups))
+            measured.append(_case(workload, cluster, objective, groups, semantics))
     return problems, measured
 
 
-def _case(workload: Workload, cluster: Cluster, objective: Objective, groups: int) -> MeasuredCase:
+def _case(
+    workload: Workload, cluster: Cluster, objective: Objective, groups: int, semantics: Semantics
+) -> MeasuredCase:
     from autoplace.agents.measured import MeasuredCase
     from autoplace.agents.models import model_problem
     from autoplace.measure.evaluator import MeasuredEvaluator
 
     problem = model_problem(workload, cluster, max_groups=groups, objective=objective)
+    parts = min(semantics.microbatches, workload.batch_size)
+    problem = problem.with_(semantics=replace(semantics, microbatches=parts))
     return MeasuredCase(problem=problem, evaluator=MeasuredEvaluator(workload, cluster, objective=objective))
 
 
@@ -144,7 +155,6 @@ def _run(
     measured: list[MeasuredCase],
     tracking_uri: str | None,
 ) -> None:
-    from autoplace.agents.plots import measured_reward_figure, read_measured_rewards
     from autoplace.agents.train import train as run_training
     from autoplace.cli.tune import progress_bars
     from autoplace.zoo.tracking import track_run
@@ -158,12 +168,26 @@ def _run(
         for path in sorted(directory.iterdir()):
             tracker.log_artifact(path, "policy")
         if "measure" in config.stages:
-            records = config.output / "measured.jsonl"
-            figure = measured_reward_figure(read_measured_rewards(records))
-            figure.savefig(config.output / "measured_reward.png", dpi=120)
-            tracker.log_figure(figure, "measured_reward.png")
-            tracker.log_artifact(records)
+            console.print(_log_measured(tracker, config.output), highlight=False)
     _show(console, directory)
+
+
+def _log_measured(tracker: RunTracker, output: Path) -> str:
+    """Track the record, the plot and the rise of the measured rewards; return what to tell the person."""
+    from autoplace.agents.plots import measured_reward_figure, read_measured_rewards
+    from autoplace.agents.rise import reward_rise
+
+    records = output / "measured.jsonl"
+    rewards = read_measured_rewards(records)
+    figure = measured_reward_figure(rewards)
+    figure.savefig(output / "measured_reward.png", dpi=120)
+    tracker.log_figure(figure, "measured_reward.png")
+    tracker.log_artifact(records)
+    if len(rewards) < 2:
+        return "One measured plan alone shows no rise."
+    rise = reward_rise(rewards)
+    tracker.log_metrics(rise.metrics)
+    return f"{rise}\nThe reward is ln(J reference / J): 0 is the best non-learned plan, 0.69 half its cost."
 
 
 def _show(console: Console, directory: Path) -> None:

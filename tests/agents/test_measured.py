@@ -10,6 +10,7 @@ from autoplace.agents.train import train
 from autoplace.errors import InfeasibleError
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
+from autoplace.problem import Semantics
 from autoplace.simulate.evaluator import SimulatedEvaluator
 
 
@@ -26,6 +27,18 @@ class DriftingMachine:
         factor = 1.0 + 0.1 * self.calls
         objectives = [self.simulator.score(p.assignment_array(self.problem))[0] * factor for p in plans]
         return [Outcome(source="measured", latency_ms=j, objective=j) for j in objectives]
+
+
+class Remembering(DriftingMachine):
+    """Keeps what it was asked to run."""
+
+    def __init__(self, problem):
+        super().__init__(problem)
+        self.plans = []
+
+    def evaluate(self, plans):
+        self.plans += plans
+        return super().evaluate(plans)
 
 
 class Broken:
@@ -82,7 +95,18 @@ def test_the_plot_shows_every_plan_and_the_moving_average():
     figure = measured_reward_figure([0.0, -1.0, 1.0, 2.0], window=2)
     points, average, _ = figure.axes[0].lines
     assert list(points.get_ydata()) == [0.0, -1.0, 1.0, 2.0]
-    np.testing.assert_allclose(average.get_ydata(), [0.0, -0.5, 0.0, 1.5])
+    np.testing.assert_allclose(average.get_xdata(), [2, 3, 4])
+    np.testing.assert_allclose(average.get_ydata(), [-0.5, 0.0, 1.5])
+    assert "ln(J reference / J)" in figure.axes[0].get_ylabel()
+
+
+def test_one_device_runs_whole_batches_and_several_run_parts(lanes):
+    problem = lanes[0].with_(semantics=Semantics(microbatches=2))
+    machine = Remembering(problem)
+    evaluator = ReferencedEvaluator(MeasuredCase(problem=problem, evaluator=machine))
+    alone = Plan.from_assignment(problem, np.zeros(8, int), strategy="x")
+    evaluator.evaluate([alone, Plan.from_assignment(problem, np.arange(8) % 2, strategy="x")])
+    assert {plan.shape: plan.microbatches for plan in machine.plans} == {"single": 1, "stages": 2}
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
