@@ -23,7 +23,7 @@ from autoplace.errors import AutoplaceError, ExecutionError, InputError, PlanFil
 from autoplace.hardware.cluster import Cluster
 from autoplace.plan import Plan
 from autoplace.problem import Objective
-from autoplace.replan import Watch, lent_buffers, may_interrupt, recheck
+from autoplace.replan import Watch, lent_buffers, may_interrupt, recheck, under_compiler
 from autoplace.result import TuneResult
 from autoplace.runtime import Executor, build_executor
 from autoplace.runtime.monitor import Monitor
@@ -114,7 +114,7 @@ class OptimizedParallel(torch.nn.Module):
             executor = self._prepare(args, kwargs)
         watch = self._watches.get(self.training)
         try:
-            if watch is None or torch.compiler.is_compiling() or not watch.covers(args, kwargs):
+            if watch is None or under_compiler() or not watch.covers(args, kwargs):
                 return executor(*args, **kwargs)
             if watch.monitor.due and may_interrupt(self._wrapped):
                 executor = self._replan(watch, executor, args, kwargs)

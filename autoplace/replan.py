@@ -25,7 +25,7 @@ from autoplace.result import Candidate
 from autoplace.runtime.monitor import Monitor
 from autoplace.workload import Workload
 
-__all__ = ["Recheck", "Watch", "lent_buffers", "may_interrupt", "recheck"]
+__all__ = ["Recheck", "Watch", "lent_buffers", "may_interrupt", "recheck", "under_compiler"]
 
 _WARMUP = 2
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 15
@@ -84,6 +84,11 @@ class Recheck:
     """Plain PyTorch's latency over the plan's; None when one of them could not be measured."""
 
 
+def under_compiler() -> bool:
+    """Return whether `torch.compile` traces the present code, or runs code around it that it would trace further."""
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
 def may_interrupt(model: torch.nn.Module) -> bool:
     """Return whether passes of our own may run before the present call.
 
@@ -92,7 +97,7 @@ def may_interrupt(model: torch.nn.Module) -> bool:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+    if under_compiler() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._current_graph_task_id() != -1:
         return False

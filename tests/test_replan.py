@@ -18,7 +18,7 @@ from autoplace import OptimizedParallel, Plan
 from autoplace.errors import InputError
 from autoplace.hardware.cluster import Cluster, Device
 from autoplace.plan import Replica
-from autoplace.replan import Watch, lent_buffers, may_interrupt
+from autoplace.replan import Recheck, Watch, lent_buffers, may_interrupt
 
 A = "host0/cpu:0"
 WINDOW = 32
@@ -127,13 +127,15 @@ def test_outputs_of_the_dropped_plan_keep_their_backward(wrap):
     torch.testing.assert_close(model.inner.weight.grad, expected)
 
 
-def test_tuning_again_keeps_the_wait(wrap):
-    wrapper, _, inputs = _slowed(wrap, plain_ms=2.0, planned_ms=4.0, replan="tune", budget_s=1.0)
+def test_tuning_again_installs_the_new_plan_and_keeps_the_wait(wrap, monkeypatch):
+    wrapper, _, inputs = _slowed(wrap, plain_ms=9.0, planned_ms=1.5, replan="tune", budget_s=1.0)
     monitor = wrapper.monitor
-    with torch.no_grad(), pytest.warns(UserWarning, match="tunes again now"):
+    monkeypatch.setattr("autoplace.parallel.recheck", lambda *_, **__: Recheck(keep=False, verdict="as the test says"))
+    with torch.no_grad(), pytest.warns(UserWarning, match="as the test says; it tunes again now"):
         wrapper(inputs)
-    assert False in wrapper._results
-    assert wrapper.plan.is_plain or wrapper.monitor is monitor
+    assert wrapper.plan.strategy != "test" and not wrapper.plan.is_plain
+    assert wrapper.monitor is monitor and not monitor.due and monitor.expected_ms is None
+    assert wrapper._results[False].chosen.speedup > 2.0
 
 
 def test_nothing_is_watched_under_plain_pytorch_or_when_switched_off(wrap, cluster):
@@ -190,6 +192,16 @@ def test_a_recheck_waits_for_a_quiet_place():
     seen.append(may_interrupt(model))
     hook.remove()
     assert seen == [False, False, False] and may_interrupt(model)
+
+
+def test_a_compiled_wrapper_is_not_watched(wrap):
+    wrapper, inputs = wrap(torch.nn.Linear(4, 4)), torch.randn(2, 4)
+    with torch.no_grad(), warnings.catch_warnings():
+        expected = wrapper(inputs)
+        compiled = torch.compile(wrapper, backend="eager")
+        warnings.simplefilter("error")
+        torch.testing.assert_close(compiled(inputs), expected)
+    assert (wrapper.monitor.calls, wrapper.monitor.other_calls) == (1, 0)
 
 
 def test_lent_buffers_keep_ties():
