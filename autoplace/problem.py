@@ -104,6 +104,12 @@ class Problem:
     """
     thread_scale: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """Device name to {threads: latency relative to `latency_ms`}, where measured."""
+    concurrency_scale: float = 1.0
+    """Factor, 1 or more, on all latencies of a plan that splits the batch into parts over several devices: devices that
+    work at once slow each other → `costs.calibrate`."""
+    dispatch_ms: float = 0.0
+    """Added to the latency of every op, in each part of the batch, of a replica on several devices: its ops are called
+    one by one in the devices' threads → `costs.calibrate`."""
 
     def __post_init__(self) -> None:
         shape = (self.graph.num_ops, self.cluster.num_devices)
@@ -112,6 +118,10 @@ class Problem:
                 raise InputError(f"{label} has shape {array.shape}; expected (ops, devices) = {shape}")
             if array is not None and (np.isnan(array).any() or (array < 0).any()):
                 raise InputError(f"{label} holds NaN or negative numbers; every latency must be 0 or more")
+        if not 1.0 <= self.concurrency_scale < float("inf"):
+            raise InputError(f"concurrency_scale is {self.concurrency_scale}; use 1 or more")
+        if not 0.0 <= self.dispatch_ms < float("inf"):
+            raise InputError(f"dispatch_ms is {self.dispatch_ms}; use 0 or more")
 
     @property
     def num_ops(self) -> int:
@@ -144,6 +154,8 @@ class Problem:
             digest.update(np.ascontiguousarray(array).tobytes())
         watts = [(d.idle_watts, d.busy_watts) for d in self.cluster.devices]
         digest.update(repr((watts, asdict(self.objective), asdict(self.semantics), self.batch_size)).encode())
+        if (self.concurrency_scale, self.dispatch_ms) != (1.0, 0.0):
+            digest.update(repr((self.concurrency_scale, self.dispatch_ms)).encode())
         return digest.hexdigest()[:16]
 
     def with_(self, **changes: object) -> Problem:

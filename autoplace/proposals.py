@@ -16,7 +16,7 @@ from autoplace.strategies import Budget, make_strategy, strategy_names
 if TYPE_CHECKING:
     from autoplace.policy.policy import Policy
 
-__all__ = ["propose", "select"]
+__all__ = ["merge", "predict_again", "propose", "select", "select_new"]
 
 SECONDS_PER_SEARCH = 5.0
 """What one searching strategy may spend at one number of microbatches, whatever its budget of evaluations."""
@@ -56,7 +56,7 @@ def propose(
         for plan in make_strategy(name, policy=policy).propose(variant, budget=budget, seed=seed)[: _keep(name)]:
             if plan.shape in ("single", "replicas"):
                 plan = plan.with_(microbatches=1)
-            key = json.dumps({**plan.to_json(), "strategy": ""}, sort_keys=True)
+            key = _key(plan)
             plans.setdefault(key, plan)
             if name not in proposers.setdefault(key, []):
                 proposers[key].append(name)
@@ -85,6 +85,54 @@ def select(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     return list(unique.values())[:count]
 
 
+def predict_again(candidates: Sequence[Candidate], problem: Problem) -> list[Candidate]:
+    """Return the candidates with the predictions of another problem, the calibrated one; the first are kept too."""
+    placed = [c.plan for c in candidates if c.predicted is not None]
+    outcomes = iter(SimulatedEvaluator(problem).evaluate(placed, timeline=True))
+    return [
+        c
+        if c.predicted is None
+        else replace(c, predicted=next(outcomes), predicted_first=c.predicted_first or c.predicted)
+        for c in candidates
+    ]
+
+
+def merge(candidates: Sequence[Candidate], proposed: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """Return all candidates, and those of the second proposal whose plans are new; labels stay unique over both."""
+    known = {_key(c.plan) for c in candidates}
+    fresh = [c for c in proposed if _key(c.plan) not in known]
+    whole = _with_unique_labels([*candidates, *fresh])
+    return whole, whole[len(candidates) :]
+
+
+def select_new(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """Pick the plans worth a second screening, best predicted first.
+
+    Args:
+        candidates: Predictions by a calibrated simulator, and what was measured, plain PyTorch included.
+        count: How many at most.
+
+    Returns:
+        Unmeasured plans predicted better than the best measured one; and the best plan in stages, if unmeasured.
+    """
+    able = [c for c in candidates if c.predicted is not None and c.predicted.feasible]
+    able.sort(key=lambda c: c.predicted.objective if c.predicted else float("inf"))
+    real = [c.measured.objective for c in candidates if c.measured is not None and c.measured.feasible]
+    better = [
+        c
+        for c in able
+        if c.measured is None and c.predicted is not None and c.predicted.objective < min(real, default=float("inf"))
+    ]
+    stages = [c for c in able if c.plan.shape == "stages"][:1]
+    wanted = {c.label: c for c in [*better, *stages] if c.measured is None}
+    return list(wanted.values())[:count]
+
+
+def _key(plan: Plan) -> str:
+    """Return what tells plans apart, whoever proposed them."""
+    return json.dumps({**plan.to_json(), "strategy": ""}, sort_keys=True)
+
+
 def _keep(name: str) -> int:
     """How many plans of one strategy are worth a row: all devices and shares, but one placement per search."""
     return 4 if name in ("single", "threads", "replicas") else 1
@@ -102,10 +150,14 @@ def _label(plan: Plan, proposers: Sequence[str]) -> str:
 
 
 def _with_unique_labels(candidates: Sequence[Candidate]) -> list[Candidate]:
-    seen: dict[str, int] = {}
+    """Number equal labels, (2) from the second one on; labels that are unique already stay as they are."""
+    taken: set[str] = set()
     unique = []
     for candidate in candidates:
-        seen[candidate.label] = seen.get(candidate.label, 0) + 1
-        number = seen[candidate.label]
-        unique.append(replace(candidate, label=f"{candidate.label} ({number})") if number > 1 else candidate)
+        label, number = candidate.label, 1
+        while label in taken:
+            number += 1
+            label = f"{candidate.label} ({number})"
+        taken.add(label)
+        unique.append(candidate if label == candidate.label else replace(candidate, label=label))
     return unique

@@ -23,6 +23,8 @@ class Candidate:
     plan: Plan
     predicted: Outcome | None = None
     """Outcome of the simulator; None for plain PyTorch, which has no placement."""
+    predicted_first: Outcome | None = None
+    """What the plan was proposed with, where `predicted` is the simulator's answer after calibration."""
     measured: Outcome | None = None
     """Outcome of real runs; None when it was not among the best few."""
     speedup: float | None = None
@@ -63,6 +65,8 @@ class TuneResult:
     num_groups: int = 1
     cost_labels: Mapping[str, int] = field(default_factory=dict)
     """`measured` and `estimated` to number of (group, device) latencies."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """The simulator's factors and its errors before and after them → `costs.calibrate`; empty when none was made."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Phase name to wall seconds."""
     notes: tuple[str, ...] = ()
@@ -97,6 +101,7 @@ class TuneResult:
                 "groups": self.num_groups,
             },
             "cost_labels": dict(self.cost_labels),
+            "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),
             "notes": list(self.notes),
             "environment": dict(self.environment),
@@ -105,6 +110,7 @@ class TuneResult:
                     "label": c.label,
                     "plan": c.plan.to_json(),
                     "predicted": c.predicted.to_json() if c.predicted else None,
+                    "predicted_first": c.predicted_first.to_json() if c.predicted_first else None,
                     "measured": c.measured.to_json() if c.measured else None,
                     "speedup": c.speedup,
                     "speedup_interval": list(c.speedup_interval) if c.speedup_interval else None,

@@ -81,6 +81,8 @@ def _log_result(run: RunTracker, result: TuneResult, artifacts: Sequence[Path]) 
         }
     )
     metrics = {"noise": result.noise, "speedup": result.chosen.speedup or 1.0, "gain": result.chosen.gain or 1.0}
+    names = ("handover_ms", "concurrency_scale", "dispatch_ms", "median_error_before", "median_error_after")
+    metrics |= {f"calibration/{name}": result.calibration[name] for name in names if name in result.calibration}
     for prefix, candidate in (("plain", result.baseline), ("chosen", result.chosen)):
         outcome = candidate.measured
         if outcome is not None and outcome.feasible:

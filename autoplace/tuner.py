@@ -1,6 +1,8 @@
 """`tune()`: the whole road from a model to a measured plan.
 
     capture → discover → profile → propose → simulate → measure the best few → check → choose
+                                      ↑                          │
+                                      └──────── calibrate ◀──────┘
 
 It composes the rooms and holds no knowledge of its own about any of them; the rules by which a plan is kept are in
 `autoplace.choose`. It reaches up to the zoo for the policy and for tracking, lazily.
@@ -13,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,12 +25,13 @@ from autoplace.errors import InputError, PolicyError
 from autoplace.hardware.cluster import Cluster
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
-from autoplace.problem import Objective
-from autoplace.proposals import propose, select
+from autoplace.problem import Objective, Problem
+from autoplace.proposals import merge, predict_again, propose, select, select_new
 from autoplace.result import Candidate, TuneResult
 from autoplace.workload import Workload
 
 if TYPE_CHECKING:
+    from autoplace.costs.calibrate import Calibration
     from autoplace.policy.policy import Policy
 
 __all__ = ["Progress", "Record", "TuneConfig", "tune"]
@@ -116,6 +120,7 @@ def tune(
         PolicyError: If the policy is unknown or damaged.
     """
     from autoplace.costs.build import build_problem
+    from autoplace.costs.calibrate import Calibration, load_calibration
     from autoplace.graph.capture import capture
     from autoplace.graph.coarsen import coarsen
 
@@ -137,20 +142,17 @@ def tune(
             progress=lambda _message, done, total: step(done, total),
             use_cache=config.use_cache,
         )
+        prior = (load_calibration(problem) if config.use_cache else None) or Calibration()
+    search = partial(
+        propose, policy=policy, microbatches=config.microbatches, evaluations=config.evaluations, seed=config.seed
+    )
     with phases.phase("propose and simulate") as step:
-        candidates = propose(
-            problem,
-            policy=policy,
-            microbatches=config.microbatches,
-            evaluations=config.evaluations,
-            seed=config.seed,
-            step=step,
-        )
+        candidates = search(prior.apply(problem), step=step)
         for candidate in candidates:
             if record is not None and candidate.predicted is not None:
                 record(candidate.label, candidate.predicted)
     with phases.phase("measure") as step:
-        measurement = _Measurement(workload, cluster, config, record, step)
+        measurement = _Measurement(workload, problem, config, prior, search, record, step)
         candidates = measurement.run(candidates)
     labels = [str(label) for label in costs.labels.ravel()]
     return TuneResult(
@@ -166,8 +168,9 @@ def tune(
         num_ops=captured.graph.num_ops,
         num_groups=grouping.graph.num_ops,
         cost_labels={label: labels.count(label) for label in dict.fromkeys(labels)},
+        calibration=measurement.calibration,
         seconds=phases.seconds,
-        notes=(*notes, *costs.notes),
+        notes=(*notes, *costs.notes, *measurement.notes),
         environment=_environment(),
     )
 
@@ -199,62 +202,121 @@ def _policy(config: TuneConfig) -> tuple[Policy | None, list[str]]:
 
 
 class _Measurement:
-    """Screens the best few plans beside plain PyTorch, and decides among the finalists in a longer run."""
+    """Screens the best few plans beside plain PyTorch, learns from it, and decides among the finalists.
+
+    Three interleaved runs share the budget: the screening; a second one for plans that the calibrated simulator found;
+    and the finalists' own. → `_SCREENING`, `_SECOND`, `_FINAL`
+    """
 
     def __init__(
         self,
         workload: Workload,
-        cluster: Cluster,
+        problem: Problem,
         config: TuneConfig,
+        prior: Calibration,
+        search: Callable[[Problem], list[Candidate]],
         record: Record | None,
         step: Callable[[int, int], None],
     ) -> None:
         from autoplace.measure.evaluator import MeasuredEvaluator
 
-        self._config = config
+        self._config, self._problem, self._prior, self._search = config, problem, prior, search
         self._record = record or (lambda _label, _outcome: None)
         self._step = step
         self._done = self._total = 0
         self._same = "same outputs" + (" and gradients" if workload.training else "")
         self._evaluator = MeasuredEvaluator(
             workload,
-            cluster,
+            problem.cluster,
             objective=config.objective,
             limit_s=config.budget_s / 6,
             warmup=_WARMUP,
             progress=lambda _plan, _round: self._advance(),
         )
         self.noise = choosing.NOISE_FLOOR
+        self.calibration: dict[str, Any] = {}
+        self.notes: list[str] = []
 
     def run(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Return all candidates with verdicts, plain PyTorch first."""
         chosen = select(candidates, self._config.measured_plans)
         if self._config.compile:
             chosen.append(Candidate(label="plain torch.compile", plan=Plan.plain().with_(compiled=True)))
-        half_s = self._config.budget_s / 2
-        measured = self._beside_plain(chosen, self._rounds(chosen, half_s, self._config.rounds))
-        finalists = choosing.finalists(measured)
+        screened = self._beside_plain(chosen, self._rounds(chosen, _SCREENING, self._config.rounds))
+        labels = {c.label for c in screened}
+        rows = self._learn([*screened, *(c for c in candidates if c.label not in labels)])
+        finalists = choosing.finalists(rows)
         if finalists:
             # The best of several short runs is flattered by chance, so a run of their own decides, with its own noise.
-            rounds = self._rounds(finalists, half_s, _FINAL_FACTOR * self._config.rounds)
-            final = {row.label: row for row in self._beside_plain(finalists, rounds)}
-            measured = [final.get(c.label, c) for c in measured]
-        by_label = {c.label: c for c in measured}
-        rows = {c.label: by_label.get(c.label, c) for c in [*measured, *candidates]}
-        return choosing.choose(list(rows.values()), {c.label for c in finalists}, noise=self.noise)
+            rounds = self._rounds(finalists, _FINAL, _FINAL_FACTOR * self._config.rounds)
+            rows = _updated(rows, self._beside_plain(finalists, rounds))
+        return choosing.choose(rows, {c.label for c in finalists}, noise=self.noise)
+
+    def _learn(self, rows: list[Candidate]) -> list[Candidate]:
+        """Calibrate the simulator on what ran, plan again with it, and screen the few new plans that promise more."""
+        calibration = self._calibrated(rows)
+        if calibration is None:
+            return rows
+        problem = calibration.apply(self._problem)
+        rows = predict_again(rows, problem)
+        if calibration.factors != self._prior.factors:
+            rows, fresh = merge(rows, self._search(problem))
+            for candidate in fresh:
+                if candidate.predicted is not None:
+                    self._record(candidate.label, candidate.predicted)
+        picked = select_new(rows, _SECOND_PLANS)
+        if picked:
+            _, *second = self._beside_plain(picked, self._rounds(picked, _SECOND, self._config.rounds))
+            rows = _updated(rows, second)
+            calibration = self._calibrated(rows) or calibration
+            rows = predict_again(rows, calibration.apply(self._problem))
+        self._explain(calibration, rows, {c.label for c in picked})
+        return rows
+
+    def _calibrated(self, rows: Sequence[Candidate]) -> Calibration | None:
+        """Fit the simulator to all real runs so far; None when none can tell anything."""
+        from autoplace.costs.calibrate import calibrate
+
+        ran = _ran(rows)
+        calibration = calibrate(self._problem, [c.plan for c, _ in ran], [o for _, o in ran], prior=self._prior)
+        return calibration if ran else None
+
+    def _explain(self, calibration: Calibration, rows: Sequence[Candidate], second: set[str]) -> None:
+        """Keep the calibration for the next tuning, and tell the user of it."""
+        from autoplace.costs.calibrate import store_calibration
+
+        store_calibration(self._problem, calibration)
+        ran = _ran(rows)
+        plans, outcomes = [c.plan for c, _ in ran], [o for _, o in ran]
+        before = self._prior.error(self._problem, plans, outcomes)
+        after = calibration.error(self._problem, plans, outcomes)
+        self.calibration = {
+            **calibration.to_json(),
+            "prior": self._prior.to_json(),
+            "median_error_before": before.median,
+            "median_error_after": after.median,
+            "kendall_tau_before": before.kendall_tau,
+            "kendall_tau_after": after.kendall_tau,
+            "second_plans": sorted(second),
+        }
+        self.notes.append(
+            f"Calibrated on {calibration.runs} real runs: {calibration.sentence}; "
+            f"median error of predictions {before.median:.0%} → {after.median:.0%}."
+        )
 
     def _advance(self) -> None:
         self._done += 1
         self._step(self._done, max(self._done, self._total))
 
-    def _rounds(self, chosen: Sequence[Candidate], seconds: float, wanted: int) -> int:
-        """Return how many interleaved rounds fit, judged by the predictions.
+    def _rounds(self, chosen: Sequence[Candidate], share: float, wanted: int) -> int:
+        """Return how many interleaved rounds fit into a share of the budget, judged by the predictions.
 
         Plain PyTorch is in each round twice, and every timed pass has an untimed one before it.
         """
         predicted_ms = [c.predicted.latency_ms for c in chosen if c.predicted is not None]
+        budget_ms = share * self._config.budget_s * 1e3
         round_ms = 2 * (sum(predicted_ms) + 2 * max(predicted_ms, default=1.0))
-        return max(min(wanted, _LEAST_ROUNDS), min(wanted, int(seconds * 1e3 / max(round_ms, 1e-3))))
+        return max(min(wanted, _LEAST_ROUNDS), min(wanted, int(budget_ms / max(round_ms, 1e-3))))
 
     def _beside_plain(self, chosen: Sequence[Candidate], rounds: int) -> list[Candidate]:
         """Measure plans interleaved with plain PyTorch, which runs twice a round; returns plain first."""
@@ -285,6 +347,20 @@ class _Measurement:
         )
 
 
+def _ran(rows: Sequence[Candidate]) -> list[tuple[Candidate, Outcome]]:
+    """Return the placed plans that ran, and their Outcomes."""
+    return [(c, c.measured) for c in rows if c.predicted is not None and c.measured is not None and c.measured.feasible]
+
+
+def _updated(rows: Sequence[Candidate], newer: Sequence[Candidate]) -> list[Candidate]:
+    by_label = {c.label: c for c in newer}
+    return [by_label.get(c.label, c) for c in rows]
+
+
+_SCREENING, _SECOND, _FINAL = 1 / 3, 1 / 6, 1 / 2
+"""Shares of the budget."""
+_SECOND_PLANS = 2
+"""Plans in the second screening, at most."""
 _FINAL_FACTOR = 3
 """The finalists are decided on with this many times the rounds of the first measurement."""
 _WARMUP = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -12,7 +13,10 @@ from autoplace import Objective, Problem, TuneConfig, Workload, tune
 from autoplace.errors import InputError, PolicyError
 from autoplace.graph.opgraph import OpGraph
 from autoplace.hardware.cluster import Cluster, Device, Link
-from autoplace.proposals import propose, select
+from autoplace.outcome import Outcome
+from autoplace.plan import Plan
+from autoplace.proposals import merge, predict_again, propose, select, select_new
+from autoplace.result import Candidate
 
 QUICK = {"budget_s": 4.0, "evaluations": 64, "measured_plans": 3, "rounds": 5, "microbatches": (1, 2), "policy": None}
 
@@ -55,6 +59,15 @@ def test_the_whole_road(cluster, workload, training):
     assert result.chosen.gain == 1.0 or result.chosen.gain > 1.0 + result.noise
     assert {c.label for c in result.candidates} == {label for label, _ in records}
     assert {p for p, _, _ in phases} == set(result.seconds)
+    labels = [c.label for c in result.candidates]
+    assert len(set(labels)) == len(labels)
+    calibration = json.loads(json.dumps(result.to_json()))["calibration"]
+    assert calibration["runs"] == len([c for c in measured if c.predicted is not None])
+    assert calibration["handover_ms"] >= 0 and calibration["concurrency_scale"] >= 1 and calibration["dispatch_ms"] >= 0
+    assert calibration["median_error_before"] >= 0 and calibration["median_error_after"] >= 0
+    assert len(calibration["second_plans"]) <= 2 and set(calibration["second_plans"]) <= {c.label for c in measured}
+    assert any(note.startswith("Calibrated on") for note in result.notes)
+    assert all(c.predicted_first is not None for c in measured if c.predicted is not None)
     assert all(torch.equal(before[k], v) for k, v in workload.model.state_dict().items())
     assert [m.training for m in workload.model.modules()] == flags
     assert all(p.grad is None for p in workload.model.parameters())
@@ -74,6 +87,46 @@ def test_every_strategy_proposes_and_equal_plans_share_a_row(cluster):
     again = propose(problem, policy=None, microbatches=(1, 2, 16), evaluations=64, seed=0)
     assert [c.plan for c in again] == [c.plan for c in candidates]
     assert {c.plan.shape for c in select(candidates, 3)} == {"replicas", "stages", "single"}
+
+
+def test_a_second_tuning_starts_calibrated(cluster, workload):
+    first = tune(workload, TuneConfig(**QUICK), cluster=cluster)
+    second = tune(workload, TuneConfig(**QUICK), cluster=cluster)
+    keys = ("handover_ms", "concurrency_scale", "dispatch_ms", "runs")
+    assert second.calibration["prior"] == {key: first.calibration[key] for key in keys}
+    cold = tune(workload, TuneConfig(**{**QUICK, "use_cache": False}), cluster=cluster)
+    assert cold.calibration["prior"] == {"handover_ms": 0.0, "concurrency_scale": 1.0, "dispatch_ms": 0.0, "runs": 0}
+
+
+def test_a_second_proposal_joins_the_first(cluster):
+    graph = OpGraph.build(names=[f"layer{i}" for i in range(4)], edges=[(i, [i + 1], 1e3) for i in range(3)])
+    problem = Problem(graph=graph, cluster=cluster, latency_ms=np.full((4, 2), 5.0), batch_size=8)
+
+    def candidate(label, *devices, measured_ms=None):
+        measured = None if measured_ms is None else Outcome(source="measured", latency_ms=1, objective=measured_ms)
+        plan = Plan.from_assignment(problem, devices, strategy=label)
+        return Candidate(label=label, plan=plan, predicted=Outcome(source="simulated"), measured=measured)
+
+    first = [
+        Candidate(label="plain", plan=Plan.plain(), measured=Outcome(source="measured", latency_ms=1, objective=20.04)),
+        candidate("heft", 0, 0, 1, 1, measured_ms=30.0),
+        candidate("heft (2)", 0, 0, 0, 1),
+    ]
+    again = [
+        candidate("metf", 0, 0, 1, 1),
+        candidate("heft", 0, 0, 0, 0),
+        candidate("heft", 0, 1, 1, 1),
+        candidate("heft", 0, 1, 0, 1),
+    ]
+    whole, fresh = merge(first, again)
+    assert [c.label for c in whole] == ["plain", "heft", "heft (2)", "heft (3)", "heft (4)", "heft (5)"]
+    assert [c.label for c in fresh] == ["heft (3)", "heft (4)", "heft (5)"]
+    whole = predict_again(whole, problem)
+    assert whole[0].predicted is None and whole[1].predicted.latency_ms == pytest.approx(20.03, abs=1e-2)
+    assert all(c.predicted_first == Outcome(source="simulated") for c in whole[1:])
+    # One device takes 20.00 ms; every hand-over adds 0.03; plain took 20.04, so that three hand-overs are too many.
+    assert [c.label for c in select_new(whole, 9)] == ["heft (3)", "heft (2)", "heft (4)"]
+    assert [c.label for c in select_new(whole, 1)] == ["heft (3)"]
 
 
 def test_an_unknown_policy_is_an_error(cluster, workload):

@@ -7,6 +7,7 @@ everything that is shown to people.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,6 +45,11 @@ class SimulatedEvaluator:
     def _prepare(self, larger: Problem, source: NDArray[np.int32]) -> None:
         self._larger = larger
         self._arrays: Arrays = build_arrays(larger, self.problem, source)
+        scale = self.problem.concurrency_scale if self.problem.semantics.microbatches > 1 else 1.0
+        dispatch_ms = self.problem.dispatch_ms
+        same = scale == 1.0 and dispatch_ms == 0.0
+        self._spread_ms = None if same else self._arrays.latency_ms * scale + dispatch_ms
+        """Latencies of assignments to several devices, where they are others."""
 
     def score(self, assignments: ArrayLike) -> NDArray[np.float64]:
         """Return the objective J of assignments; inf where infeasible.
@@ -126,13 +132,32 @@ class SimulatedEvaluator:
         for row in arrays:
             if reason := why_not_runnable(problem, self._arrays, row):
                 return Outcome(source="simulated", feasible=False, reason=reason)
+        larger, device = self.expanded(plan)
+        return SimulatedEvaluator(larger)._outcome(device[None, :], timeline=timeline)
+
+    def expanded(self, plan: Plan) -> tuple[Problem, NDArray[np.int32]]:
+        """Return the problem that a plan's parts make, threads and contention included, and its ops' devices, int32[M].
+
+        Raises:
+            PlanFileError: If the plan does not fit the problem.
+        """
+        problem = self._threaded(plan)
+        arrays = [plan.assignment_array(problem, r) for r in range(len(plan.replicas))]
         parts = [
             Part(row, replica.share / plan.microbatches)
             for row, replica in zip(arrays, plan.replicas, strict=True)
             for _ in range(plan.microbatches)
         ]
-        larger, device = expand(problem, parts)
-        return SimulatedEvaluator(larger)._outcome(device[None, :], timeline=timeline)
+        staged = np.asarray([len(np.unique(p.assignment)) > 1 for p in parts])
+        if len(parts) == 1:  # as in `score`: a whole pass takes ops as they become ready, whatever part they are of
+            larger, device = problem.with_(semantics=replace(problem.semantics, microbatches=1)), arrays[0]
+        else:
+            larger, device = expand(problem, parts)
+        part = np.zeros(len(device), np.int32) if larger.part is None else larger.part
+        scale = problem.concurrency_scale if len(parts) > 1 and len(plan.devices) > 1 else 1.0
+        latency = larger.latency_ms * scale + problem.dispatch_ms * staged[part][:, None]
+        # `overhead_ms` has done its work in `expand`; nothing splits the larger problem again.
+        return larger.with_(latency_ms=latency, concurrency_scale=1.0, dispatch_ms=0.0), device
 
     def _threaded(self, plan: Plan) -> Problem:
         """Return the problem with the latencies of the threads that the plan asks for, where they were measured."""
@@ -166,7 +191,18 @@ class SimulatedEvaluator:
     ) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
         """Return objective, time, makespan and energy, float64[4, P], and status, int8[P]."""
         figures, status = np.empty((4, len(plans))), np.empty(len(plans), np.int8)
-        kernels.evaluate_plans(tuple(arrays), plans, full, figures, status)
+        if self._spread_ms is None:
+            kernels.evaluate_plans(tuple(arrays), plans, full, figures, status)
+            return figures, status
+        spread = (plans != plans[:, :1]).any(axis=1)
+        for rows, view in (
+            (np.flatnonzero(~spread), arrays),
+            (np.flatnonzero(spread), arrays._replace(latency_ms=self._spread_ms)),
+        ):
+            if len(rows):
+                some, codes = np.empty((4, len(rows))), np.empty(len(rows), np.int8)
+                kernels.evaluate_plans(tuple(view), np.ascontiguousarray(plans[rows]), full, some, codes)
+                figures[:, rows], status[rows] = some, codes
         return figures, status
 
     def _outcome(self, plans: NDArray[np.int32], *, timeline: bool) -> Outcome:
