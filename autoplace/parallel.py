@@ -111,6 +111,8 @@ class OptimizedParallel(torch.nn.Module):
         """Run the model; the first call in a mode tunes on its inputs."""
         executor = self._executors.get(self.training)
         if executor is None:
+            if not may_interrupt(self._wrapped):
+                return self._run_untuned(args, kwargs)
             executor = self._prepare(args, kwargs)
         watch = self._watches.get(self.training)
         try:
@@ -134,7 +136,8 @@ class OptimizedParallel(torch.nn.Module):
         options = self._options
         config = TuneConfig(objective=options["objective"], budget_s=options["budget_s"], policy=options["policy"])
         tuned = tracked_tune if options["track"] else tune
-        result = tuned(self._workload(args, kwargs), config, cluster=options["cluster"])
+        with lent_buffers(self._wrapped):
+            result = tuned(self._workload(args, kwargs), config, cluster=options["cluster"])
         self._results[self.training] = result
         self._install(result.chosen.plan, result.cluster, Watch(args, kwargs, result.noise))
         return result
@@ -164,6 +167,17 @@ class OptimizedParallel(torch.nn.Module):
         last = list(self._results.values())[-1]
         path: Path = write_report(last, Path(output_dir))
         return path
+
+    def _run_untuned(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run plain PyTorch where passes of our own would be seen; say so once."""
+        if not under_compiler() and not self._options.get("told"):
+            self._options["told"] = True
+            warnings.warn(
+                "autoplace runs plain PyTorch for now: passes of its own would set off collectives, traces or gradient "
+                "hooks of this program; call the model once before they are installed",
+                stacklevel=3,
+            )
+        return self._wrapped(*args, **kwargs)
 
     def _prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:
         given = self._options["plan"]

@@ -164,3 +164,23 @@ def test_a_plan_for_other_devices_is_refused(model, cluster):
     plan = _plan("single").with_(cluster_fingerprint="0123456789abcdef")
     with warnings.catch_warnings(), pytest.raises(PlanFileError, match="other devices"):
         OptimizedParallel(model, plan=plan, cluster=cluster)(torch.randn(2, 8))
+
+
+def test_it_does_not_tune_where_its_passes_would_set_off_the_users_hooks(model, cluster):
+    steps = []
+    model[0].weight.register_post_accumulate_grad_hook(steps.append)
+    wrapper = OptimizedParallel(model.train(), cluster=cluster, policy=None, budget_s=2.0, track=False)
+    with pytest.warns(UserWarning, match="plain PyTorch for now"):
+        wrapper(torch.randn(8, 8)).sum().backward()
+    assert len(steps) == 1 and wrapper.plan is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapper(torch.randn(8, 8))
+
+
+def test_tuning_leaves_batch_norm_statistics_alone(cluster):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).train()
+    wrapper = OptimizedParallel(model, cluster=cluster, policy=None, budget_s=2.0, track=False)
+    wrapper(torch.randn(8, 8))
+    assert model[1].num_batches_tracked == 1, "the user's call alone counts"
+    wrapper.close()
