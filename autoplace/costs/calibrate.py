@@ -8,7 +8,7 @@ Three factors stand between the simulator and the executors:
   caches and memory. → `Problem.concurrency_scale`
 - `dispatch_ms`, on every op, in each part of the batch, of plans in stages: those call op by op in devices' threads,
   where other plans make one call. Without it the other two could not explain plans in stages and replicas together: the
-  loss of the best fit to five runs was 30 instead of 14. [measured: 2 cores, BERT, 2026-11-23]  → `Problem.dispatch_ms`
+  loss after the fit to five runs was 30 instead of 16. [measured: 2 cores, BERT, 2026-11-23]  → `Problem.dispatch_ms`
 
 They minimise, over the feasible runs i,
 
@@ -19,6 +19,8 @@ so that few runs move them only as far as those ask for, and a run that fits not
 search is a grid, then damped Gauss-Newton steps: deterministic, a few hundred evaluations at most.
 
 It does not know why a plan in stages is slow: with a handful of runs, hand-over and dispatch trade against each other.
+An executor calls a module that lies wholly on one device once, however many ops it has, so that dispatch per op makes
+contiguous plans look too slow where only scattered ones were measured.
 Nor does it know a machine that became slower as a whole, which ends up in the factors of plans on several devices.
 """
 
@@ -54,8 +56,6 @@ _SPREAD = (0.5, 0.3, 0.2)
 """How far the factors usually stray: hand-over (ms), logarithm of the contention, dispatch (ms)."""
 _GRID = ((0.0, 0.03, 0.3, 1.5), (1.0, 1.1, 1.4), (0.0, 0.05, 0.2, 0.6))
 """Where the search begins, factor by factor."""
-_STARTS = 4
-"""Points of the grid to go down from: hand-over and dispatch have valleys of their own."""
 _NEUTRAL = (0.0, 1.0, 0.0)
 _DIFFERENCE = 1e-3
 _MOST_STEPS = 25
@@ -194,9 +194,12 @@ def calibrate(
         strays = (point[0] - drawn_to[0], math.log(point[1] / drawn_to[1]), point[2] - drawn_to[2])
         return np.asarray([*(run.log_error(point) / _NOISE for run in telling), *np.divide(strays, _SPREAD)])
 
-    starts = sorted([drawn_to, *product(*_GRID)], key=lambda point: _loss(errors(point)))
-    valleys = [_descend(errors, start) for start in starts[:_STARTS]]
-    best = min(valleys, key=lambda point: _loss(errors(point)))
+    def loss(point: Point) -> float:
+        return _loss(errors(point))
+
+    # Hand-over and dispatch have valleys of their own: go down from the best point of each hand-over.
+    starts = [min(product([handover_ms], *_GRID[1:]), key=loss) for handover_ms in _GRID[0]]
+    best = min((_descend(errors, start) for start in [drawn_to, *starts]), key=loss)
     return Calibration(handover_ms=best[0], concurrency_scale=best[1], dispatch_ms=best[2], runs=len(runs))
 
 
