@@ -42,6 +42,11 @@ class Candidate:
     verdict: str = ""
     """Kept, or why not, in one phrase."""
 
+    @property
+    def forecast(self) -> Outcome | None:
+        """What was predicted before the plan ran; `predicted` may have learned from that run."""
+        return self.predicted_first or self.predicted
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:

@@ -259,6 +259,7 @@ class _Measurement:
             return rows
         problem = calibration.apply(self._problem)
         rows = predict_again(rows, problem)
+        known = {c.label for c in rows}
         if calibration.factors != self._prior.factors:
             rows, fresh = merge(rows, self._search(problem))
             for candidate in fresh:
@@ -271,7 +272,7 @@ class _Measurement:
             calibration = self._calibrated(rows) or calibration
             rows = predict_again(rows, calibration.apply(self._problem))
         self._explain(calibration, rows, {c.label for c in picked})
-        return rows
+        return [c for c in rows if c.label in known or c.measured is not None]
 
     def _calibrated(self, rows: Sequence[Candidate]) -> Calibration | None:
         """Fit the simulator to all real runs so far; None when none can tell anything."""

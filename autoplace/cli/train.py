@@ -145,7 +145,9 @@ def _case(
     problem = model_problem(workload, cluster, max_groups=groups, objective=objective)
     parts = min(semantics.microbatches, workload.batch_size)
     problem = problem.with_(semantics=replace(semantics, microbatches=parts))
-    return MeasuredCase(problem=problem, evaluator=MeasuredEvaluator(workload, cluster, objective=objective))
+    # Many plans measured shortly teach more than few measured well: the reference runs beside every one of them.
+    evaluator = MeasuredEvaluator(workload, cluster, objective=objective, repeats=3)
+    return MeasuredCase(problem=problem, evaluator=evaluator)
 
 
 def _run(

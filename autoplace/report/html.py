@@ -27,7 +27,7 @@ __all__ = ["write_report"]
 
 CAPTIONS = {
     "latency": "Medians of interleaved real runs on the devices.",
-    "predicted_vs_measured": "How well the simulator foretold the real runs.",
+    "predicted_vs_measured": "How well the simulator foretold the real runs: each plan as predicted before it ran.",
     "energy": "Figures of different sources are never compared.",
     "timeline": "What the simulator expects every device to do during one pass.",
     "timeline_measured": "What the devices did during one measured pass.",

@@ -32,7 +32,7 @@ def predicted_against_measured(result: TuneResult) -> Figure | None:
     goal = result.objective.goal
     points = []
     for candidate in result.candidates:
-        predicted, measured = time_ms(candidate.predicted, goal), time_ms(candidate.measured, goal)
+        predicted, measured = time_ms(candidate.forecast, goal), time_ms(candidate.measured, goal)
         if predicted is not None and measured is not None:
             points.append((candidate, predicted, measured))
     if not points:

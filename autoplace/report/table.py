@@ -67,7 +67,7 @@ def candidate_rows(result: TuneResult) -> list[CandidateRow]:
         CandidateRow(
             label=c.label,
             placement=describe_plan(c.plan),
-            predicted_ms=_time(c.predicted, goal),
+            predicted_ms=_time(c.forecast if c.measured else c.predicted, goal),
             measured_ms=_time(c.measured, goal),
             energy=_energy(c),
             speedup=_speedup(c),
