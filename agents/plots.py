@@ -53,7 +53,7 @@ def measured_reward_figure(rewards: list[float], *, window: int = 15) -> Figure:
     axes.set_xlabel("plans run on the devices (count)")
     axes.set_ylabel("measured reward, ln(J reference / J)")
     right = axes.secondary_yaxis("right", functions=(lambda y: y, lambda y: y))
-    ticks = [0.125, 0.25, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 4.0]
+    ticks = [0.125, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0]
     right.set_yticks([float(np.log(t)) for t in ticks], [f"{t:g}x" for t in ticks])
     right.set_ylabel("J reference / J (ratio)")
     axes.grid(axis="y", color="#e3e6ea")

@@ -30,6 +30,7 @@ from .card import write_card
 from .checkpoints import Checkpoint, Checkpoints
 from .distribution import held_out_problems, training_problems
 from .evaluate import Bench
+from .experience import Experience
 from .imitation import Demonstrations, best_known, clone_epoch, demonstrate
 from .measured import MeasuredCase, ReferencedEvaluator, measured_config
 from .ppo import PpoConfig, PpoTrainer, single_thread
@@ -96,6 +97,7 @@ def train(
     *,
     model_problems: Sequence[Problem] = (),
     measured: Sequence[MeasuredCase] = (),
+    experience: Sequence[Experience] = (),
     log: Log | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -105,6 +107,7 @@ def train(
         config: What and how long.
         model_problems: Problems of a person's own models; a quarter of the training looks at them.
         measured: Problems that can be run for real, for the stage `measure`.
+        experience: Problems of earlier tunings with their best measured plans, which imitation takes as its teachers.
         log: Called with metrics and a running step.
         progress: Called with phase, done, total.
 
@@ -117,7 +120,7 @@ def train(
     single_thread()
     if "measure" in config.stages and not measured:
         raise InputError("the stage measure needs a model to run; pass --model file.py:function")
-    return _Training(config, list(model_problems), list(measured), log, progress).run()
+    return _Training(config, list(model_problems), list(measured), list(experience), log, progress).run()
 
 
 class _Training:
@@ -128,11 +131,14 @@ class _Training:
         config: TrainConfig,
         model_problems: list[Problem],
         measured: list[MeasuredCase],
+        experience: list[Experience],
         log: Log | None,
         progress: Progress | None,
     ) -> None:
         self.config = config
         self.measured = measured
+        self.taught = {id(e.problem): e.assignment for e in experience}
+        model_problems = model_problems + [e.problem for e in experience]
         self.log = log or (lambda metrics, step: None)
         self.progress = progress or (lambda phase, done, total: None)
         devices = [p.num_devices for p in model_problems] + [c.problem.num_devices for c in measured]
@@ -215,10 +221,13 @@ class _Training:
             self.progress("imitate", epoch + 1, config.imitate_epochs)
 
     def _demonstrations(self) -> Demonstrations:
-        """Search the teachers' placements and replay them."""
+        """Search the teachers' placements, where no real run has found them, and replay them."""
         config, teachers = self.config, []
         for index, problem in enumerate(self.problems):
-            teachers.append(best_known(problem, evaluations=config.teacher_evaluations, seed=config.seed + index))
+            teacher: np.ndarray | None = self.taught.get(id(problem))
+            if teacher is None:
+                teacher = best_known(problem, evaluations=config.teacher_evaluations, seed=config.seed + index)
+            teachers.append(teacher)
             self.progress("search for teachers", index + 1, len(self.problems))
         return demonstrate(self.problems, teachers, max_devices=self.max_devices)
 

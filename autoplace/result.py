@@ -9,7 +9,7 @@ from typing import Any
 from autoplace.hardware.cluster import Cluster
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
-from autoplace.problem import Objective
+from autoplace.problem import Objective, Problem
 
 __all__ = ["Candidate", "TuneResult"]
 
@@ -72,6 +72,8 @@ class TuneResult:
     """`measured` and `estimated` to number of (group, device) latencies."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """The simulator's factors and its errors before and after them → `costs.calibrate`; empty when none was made."""
+    problem: Problem | None = None
+    """What was planned, as profiled and without calibration; kept in the run's record for → `agents.experience`."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Phase name to wall seconds."""
     notes: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoplace.hardware.cluster import Cluster
+from autoplace.problem_file import problem_to_json
 from autoplace.result import TuneResult
 from autoplace.tuner import Progress, TuneConfig, tune
 from autoplace.workload import Workload
@@ -91,6 +92,10 @@ def _log_result(run: RunTracker, result: TuneResult, artifacts: Sequence[Path]) 
             if outcome.energy_j is not None:
                 metrics[f"{prefix}/energy_{outcome.energy_source}_j"] = outcome.energy_j
     run.log_metrics(metrics)
+    if result.problem is not None:
+        measured = [(c.label, c.plan, c.measured) for c in result.candidates if c.measured is not None]
+        plans = [{"label": label, "plan": plan.to_json(), "outcome": o.to_json()} for label, plan, o in measured]
+        run.log_experience(problem_to_json(result.problem), plans)
     with tempfile.TemporaryDirectory() as folder:
         plan, whole = Path(folder) / "plan.json", Path(folder) / "result.json"
         result.chosen.plan.save(plan)

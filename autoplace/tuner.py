@@ -169,6 +169,7 @@ def tune(
         num_groups=grouping.graph.num_ops,
         cost_labels={label: labels.count(label) for label in dict.fromkeys(labels)},
         calibration=measurement.calibration,
+        problem=problem,
         seconds=phases.seconds,
         notes=(*notes, *costs.notes, *measurement.notes),
         environment=_environment(),

@@ -108,6 +108,15 @@ class RunTracker:
         """Log what a plan cost: all of it in the record, the figures as metrics `measured/latency_ms` and so on."""
         self._append({"type": "outcome", "plan": plan_label, "outcome": outcome.to_json(), "step": step})
 
+    def log_experience(self, problem: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> None:
+        """Log a problem and what its plans cost in real runs, to the record alone, for policies to learn from.
+
+        Args:
+            problem: As `problem_to_json` writes it.
+            plans: Each with `label`, `plan` and the measured `outcome`, as their `to_json` write them.
+        """
+        self._append({"type": "experience", "problem": dict(problem), "plans": [dict(p) for p in plans]})
+
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Log a file or a directory, under `folder` in the run's artifacts."""
         self._append({"type": "artifact", "path": str(Path(path).absolute()), "folder": folder}, flush=True)

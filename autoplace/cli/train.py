@@ -14,6 +14,7 @@ from autoplace.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from autoplace.agents.experience import Experience
     from autoplace.agents.measured import MeasuredCase
     from autoplace.agents.train import TrainConfig
     from autoplace.hardware.cluster import Cluster
@@ -40,6 +41,13 @@ def train(
         Path | None, typer.Option("--cluster", help="Cluster file; default: discover this machine.")
     ] = None,
     policy: Annotated[str | None, typer.Option("--policy", help="Policy to start from: name, folder or URI.")] = None,
+    records: Annotated[
+        bool,
+        typer.Option("--records", help="Learn from the best measured plans of earlier tunings too."),
+    ] = False,
+    records_dir: Annotated[
+        Path | None, typer.Option("--records-dir", help="Folder of those records; default: the data directory's.")
+    ] = None,
     problems: Annotated[int, typer.Option("--problems", help="Synthetic training problems.")] = 600,
     epochs: Annotated[int, typer.Option("--epochs", help="Epochs of imitation.")] = 30,
     steps_simulate: Annotated[
@@ -87,7 +95,8 @@ def train(
     objective = Objective(energy_weight=energy_weight)
     semantics = Semantics(microbatches=microbatches_measure)
     found, measured = _models(console, model or [], cluster, training, stages, objective, groups_measure, semantics)
-    _run(console, config, found, measured, tracking_uri)
+    experience = _experience(console, records_dir) if records or records_dir is not None else []
+    _run(console, config, found, measured, experience, tracking_uri)
 
 
 def _command() -> str:
@@ -103,6 +112,15 @@ def _find_policy(policy: str | None, tracking_uri: str | None) -> Path | None:
     from autoplace.zoo import find_policy
 
     return find_policy(policy, tracking_uri=tracking_uri)
+
+
+def _experience(console: Console, directory: Path | None) -> list[Experience]:
+    """Load what earlier tunings measured, and say how much it is."""
+    from autoplace.agents.experience import load_experience
+
+    found = load_experience(directory)
+    console.print(f"Learning from the best measured plans of {len(found)} tuned problem{'s' * (len(found) != 1)}.")
+    return found
 
 
 def _models(
@@ -155,6 +173,7 @@ def _run(
     config: TrainConfig,
     problems: list[Problem],
     measured: list[MeasuredCase],
+    experience: list[Experience],
     tracking_uri: str | None,
 ) -> None:
     from autoplace.agents.train import train as run_training
@@ -165,7 +184,12 @@ def _run(
     with track_run("train", config.output.name, tracking_uri=tracking_uri, params=params) as tracker:
         with progress_bars(console) as progress:
             directory = run_training(
-                config, model_problems=problems, measured=measured, log=tracker.log_metrics, progress=progress
+                config,
+                model_problems=problems,
+                measured=measured,
+                experience=experience,
+                log=tracker.log_metrics,
+                progress=progress,
             )
         for path in sorted(directory.iterdir()):
             tracker.log_artifact(path, "policy")

@@ -1,9 +1,13 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from autoplace.cli.app import run
+from autoplace.outcome import Outcome
+from autoplace.plan import Plan
 from autoplace.policy.policy import Policy
+from autoplace.problem_file import load_problem, problem_to_json
 
 TINY = ["--problems", "3", "--epochs", "1", "--hidden", "8", "--stage", "imitate"]
 
@@ -42,3 +46,18 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, words, sentence):
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error
     assert not Path(tmp_path / "out").exists()
+
+
+def test_records_of_earlier_tunings_are_learned_from(tmp_path, capsys):
+    folder = tmp_path / "records"
+    folder.mkdir()
+    problem = load_problem(Path(__file__).parents[2] / "examples" / "three_layers.json")
+    plan = Plan.from_assignment(problem, [0] * problem.num_ops, strategy="x")
+    row = {"label": "x", "plan": plan.to_json(), "outcome": Outcome(source="measured", objective=2.0).to_json()}
+    line = {"type": "experience", "problem": problem_to_json(problem), "plans": [row]}
+    (folder / "a.jsonl").write_text(json.dumps(line) + "\n")
+    words = ["-o", str(tmp_path / "out"), *TINY, "--tracking-uri", f"sqlite:///{tmp_path}/ml.db"]
+    assert call(*words, "--records-dir", str(folder)) == 0
+    assert "plans of 1 tuned problem" in capsys.readouterr().out
+    assert call(*words, "--records-dir", str(tmp_path / "missing")) == 2
+    assert "no folder" in capsys.readouterr().err
