@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -37,3 +38,14 @@ def test_every_link_leads_to_a_file():
     if not (README.parent / "docs").exists():
         pytest.skip("needs the repository's docs folder")
     assert links and all((README.parent / link).exists() for link in links)
+
+
+def test_every_speed_up_in_the_table_is_a_kept_result():
+    results = README.parent / "docs" / "results" / "local.json"
+    if not results.exists():
+        pytest.skip("needs the repository's results")
+    data = json.loads(results.read_text(encoding="utf-8"))
+    kept = [f"{row['chosen_speedup']:.2f}" for row in data["rows"]]
+    shown = re.findall(r"\| (\d\.\d\d) \(\d\.\d\d–\d\.\d\d\) \|", README.read_text(encoding="utf-8"))
+    assert shown == kept
+    assert data["provenance"]["commit"] in README.read_text(encoding="utf-8")
