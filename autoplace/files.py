@@ -10,7 +10,7 @@ from typing import Any
 
 from autoplace.errors import AutoplaceError
 
-__all__ = ["read_json", "read_text", "write_bytes_atomically", "write_text_atomically"]
+__all__ = ["make_directory", "read_json", "read_text", "write_bytes_atomically", "write_text_atomically"]
 
 
 def read_text(path: str | Path, error: type[AutoplaceError]) -> str:
@@ -38,6 +38,16 @@ def read_json(path: str | Path, error: type[AutoplaceError]) -> Any:
         raise error(f"{path} cannot be read: {cause}") from None
     except RecursionError:
         raise error(f"{path} is nested too deeply to be read") from None
+
+
+def make_directory(path: str | Path, error: type[AutoplaceError]) -> None:
+    """Make a directory and those above it where they are missing, or raise `error` with one sentence."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as cause:
+        raise error(f"{path} cannot be used as a folder: {cause.strerror}; name another one") from None
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autoplace.errors import PlanFileError
-from autoplace.files import read_json, write_text_atomically
+from autoplace.files import make_directory, read_json, write_text_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -33,3 +33,11 @@ def test_bad_json_gets_one_sentence(tmp_path, text, message):
     with pytest.raises(PlanFileError, match=message) as caught:
         read_json(path, PlanFileError)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_used_gets_one_sentence(tmp_path):
+    make_directory(tmp_path / "a" / "b", PlanFileError)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlanFileError, match="name another one"):
+        make_directory(tmp_path / "file", PlanFileError)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoplace.errors import InputError
+from autoplace.files import make_directory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,6 +181,7 @@ def _run(
     from autoplace.cli.tune import progress_bars
     from autoplace.zoo.tracking import track_run
 
+    make_directory(config.output, InputError)
     params: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in ("output", "start", "command")}
     with track_run("train", config.output.name, tracking_uri=tracking_uri, params=params) as tracker:
         with progress_bars(console) as progress:

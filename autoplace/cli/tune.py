@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from autoplace import tuner
 from autoplace.cli.factory import load_workload
 from autoplace.errors import InputError
-from autoplace.files import write_text_atomically
+from autoplace.files import make_directory, write_text_atomically
 from autoplace.hardware.cluster import Cluster
 from autoplace.problem import Objective
 from autoplace.report import candidates_table, write_report, write_trace
@@ -70,7 +72,7 @@ def tune(
         seed=seed,
     )
     devices = Cluster.load(cluster) if cluster is not None else None
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output, InputError)
     with progress_bars(console) as progress:
         result = tracked_tune(
             workload,
@@ -150,4 +152,7 @@ def _write(console: Console, result: TuneResult, output: Path, tracking_uri: str
     console.print()
     for label, path in rows:
         console.print(f"  {label:<24} {path.resolve()}", soft_wrap=True)
-    console.print(f"  {'compare runs':<24} {ui_command(tracking_uri)}", soft_wrap=True)
+    command = ui_command(tracking_uri)
+    if shutil.which("autoplace") is None:  # run from a virtual environment that is not active
+        command = f"{Path(sys.argv[0]).parent}/{command}"
+    console.print(f"  {'compare runs':<24} {command}", soft_wrap=True)
