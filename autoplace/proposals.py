@@ -71,16 +71,18 @@ def propose(
 
 
 def select(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Pick the plans worth real runs: the best of each shape and the policy's best, then the best predicted.
+    """Pick the plans worth real runs: the best of each shape, the policy's, the best pipeline, then the best predicted.
 
     The simulator ranks plans of one shape better than plans of different shapes, which share cores, caches and memory
-    in different ways.
+    in different ways. A contiguous pipeline runs whatever was predicted, since plans with few hand-overs and plans with
+    many together tell the calibration what one costs.
     """
     able = [c for c in candidates if c.predicted is not None and c.predicted.feasible]
     picked: list[Candidate] = []
     for shape in ("replicas", "stages", "single", "hybrid"):
         picked += [c for c in able if c.plan.shape == shape][:1]
     picked += [c for c in able if "learned" in c.label][:1]
+    picked += [c for c in able if c.plan.shape == "stages" and "chunks" in c.label][:1]
     unique = {c.label: c for c in [*picked, *able]}
     return list(unique.values())[:count]
 

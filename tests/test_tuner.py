@@ -87,6 +87,7 @@ def test_every_strategy_proposes_and_equal_plans_share_a_row(cluster):
     again = propose(problem, policy=None, microbatches=(1, 2, 16), evaluations=64, seed=0)
     assert [c.plan for c in again] == [c.plan for c in candidates]
     assert {c.plan.shape for c in select(candidates, 3)} == {"replicas", "stages", "single"}
+    assert any("chunks" in c.label and c.plan.shape == "stages" for c in select(candidates, 4))
 
 
 def test_a_second_tuning_starts_calibrated(cluster, workload):
