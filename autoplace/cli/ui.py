@@ -78,7 +78,7 @@ def _serve(uri: str, host: str, port: int, links: list[tuple[str, str]], browser
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
     command += ["--host", host, "--port", str(port)]
     print(f"Starting the MLflow UI on {uri}", flush=True)
-    # Its own session, so that the whole group can be ended: MLflow's server leaves workers behind otherwise.
+    # A process group of its own, so that all of it can be ended: MLflow's server leaves workers behind otherwise.
     server = subprocess.Popen(command, env=_environment(), start_new_session=True, stdout=subprocess.DEVNULL)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
