@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +127,6 @@ def _show(console: Console, result: TuneResult) -> None:
 def _run_chosen(console: Console, workload: Workload, result: TuneResult) -> None:
     """Run the chosen plan once as the user would, and say what came out."""
     with (
-        warnings.catch_warnings(),
         workload.mode(),
         build_executor(workload.model, result.chosen.plan, result.cluster) as executor,
     ):

@@ -31,10 +31,7 @@ def with_backward(graph: OpGraph) -> OpGraph:
     """
     count = graph.num_ops
     mirror = [2 * count - op for op in range(count)]
-    forward = [
-        (int(producer), graph.consumers[graph.consumer_offsets[t] : graph.consumer_offsets[t + 1]].tolist(), size)
-        for t, (producer, size) in enumerate(zip(graph.tensor_producer, graph.tensor_bytes.tolist(), strict=True))
-    ]
+    forward = graph.tensors()
     has_consumer = np.zeros(count, np.bool_)
     has_consumer[[producer for producer, consumers, _ in forward if consumers]] = True
     sinks = [op for op in range(count) if not has_consumer[op]]

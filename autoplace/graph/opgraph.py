@@ -109,6 +109,17 @@ class OpGraph:
         """Number of tensors T."""
         return len(self.tensor_producer)
 
+    def tensors(self) -> list[tuple[int, list[int], float]]:
+        """Return a (producer, consumers, bytes) triple per tensor, as `build` takes them."""
+        starts = self.consumer_offsets.tolist()
+        consumers = self.consumers.tolist()
+        return [
+            (producer, consumers[starts[t] : starts[t + 1]], size)
+            for t, (producer, size) in enumerate(
+                zip(self.tensor_producer.tolist(), self.tensor_bytes.tolist(), strict=True)
+            )
+        ]
+
     @cached_property
     def edge_list(self) -> NDArray[np.int32]:
         """All (producer, consumer, tensor) triples, int32[C, 3], sorted by tensor."""

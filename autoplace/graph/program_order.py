@@ -19,10 +19,7 @@ def in_program_order(graph: OpGraph) -> OpGraph:
         graph: Ops in execution order, which is topological.
     """
     connected = {(int(producer), int(consumer)) for producer, consumer, _ in graph.edge_list}
-    edges = [
-        (int(producer), graph.consumers[graph.consumer_offsets[t] : graph.consumer_offsets[t + 1]].tolist(), size)
-        for t, (producer, size) in enumerate(zip(graph.tensor_producer, graph.tensor_bytes.tolist(), strict=True))
-    ]
+    edges = graph.tensors()
     edges += [(op, [op + 1], 0.0) for op in range(graph.num_ops - 1) if (op, op + 1) not in connected]
     return OpGraph.build(
         names=graph.names,
