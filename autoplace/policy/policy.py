@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoplace.errors import InfeasibleError, PolicyError
+from autoplace.errors import InfeasibleError, InputError, PolicyError
 from autoplace.policy.network import PolicyConfig, PolicyNetwork, parameter_shapes
-from autoplace.policy.rollout import pack_weights, roll
+from autoplace.policy.rollout import follow, pack_weights, roll
 from autoplace.policy.store import read_policy, write_policy
 from autoplace.policy.tables import Tables, build_tables
 from autoplace.problem import Problem
@@ -141,3 +141,71 @@ class Policy:
         """
         tables = build_tables(problem) if tables is None else tables
         return roll(tables, self._weights, count=count, temperature=temperature, seed=seed)
+
+    def prior(
+        self, problem: Problem, assignment: NDArray[np.int32], *, tables: Tables | None = None
+    ) -> NDArray[np.float32]:
+        """Return how likely the policy finds each device for each op, all decisions before it as in a placement.
+
+        Args:
+            problem: What is placed.
+            assignment: int32[N] device indices, followed decision by decision, against the mask too.
+            tables: The problem's tables, where they are known already.
+
+        Returns:
+            float32[N, D]: masked softmax of the scores at temperature 1, rows sum to 1; co-located ops share a row.
+            Where no device is allowed, and after an op on a device that cannot run it, a row is uniform over the
+            devices that can.
+
+        Raises:
+            InputError: If the assignment has another length or names a device that is not there.
+        """
+        tables = build_tables(problem) if tables is None else tables
+        rows = follow(tables, self._weights, _actions(problem, tables, assignment))
+        return rows[tables.class_of]
+
+    def resample(
+        self,
+        problem: Problem,
+        assignment: NDArray[np.int32],
+        free: NDArray[np.bool_],
+        count: int,
+        *,
+        seed: int,
+        temperature: float = 1.0,
+        tables: Tables | None = None,
+    ) -> NDArray[np.int32]:
+        """Draw placements in which the policy decides some ops anew and the others stay where they are.
+
+        Args:
+            problem: What to place.
+            assignment: int32[N] device indices to start from.
+            free: bool[N], the ops that the policy decides; with one of them, all that are co-located with it. It
+                decides the others too where the mask forbids their device.
+            count: Placements to draw.
+            seed: Of the draws.
+            temperature: Of the softmax over the devices' scores; 0 = greedy.
+            tables: The problem's tables, where they are known already.
+
+        Returns:
+            int32[P, N] device indices, P <= count: draws that ended without an allowed device are left out.
+
+        Raises:
+            InputError: If the assignment or `free` has another length, or a device is not there.
+        """
+        tables = build_tables(problem) if tables is None else tables
+        if np.shape(free) != (problem.num_ops,):
+            raise InputError(f"free has shape {np.shape(free)}; pass one flag for each of the {problem.num_ops} ops")
+        forced = _actions(problem, tables, assignment)
+        forced[tables.class_of[np.asarray(free, bool)]] = -1
+        return roll(tables, self._weights, count=count, temperature=temperature, seed=seed, forced=forced)
+
+
+def _actions(problem: Problem, tables: Tables, assignment: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the device of every class, int32[C], in a checked assignment."""
+    placed = np.asarray(assignment)
+    if placed.shape != (problem.num_ops,):
+        raise InputError(f"the assignment has shape {placed.shape}; pass one device for each of {problem.num_ops} ops")
+    if placed.size and not (placed.min() >= 0 and placed.max() < problem.num_devices):
+        raise InputError(f"the assignment names devices outside 0 to {problem.num_devices - 1}; use those indices")
+    return placed[tables.class_members[tables.class_offsets[:-1]]].astype(np.int32)

@@ -17,7 +17,7 @@ from autoplace.policy.features import NUM_FEATURES, NUM_PAIR, advance, begin
 from autoplace.policy.partial import STEP, new_state
 from autoplace.policy.tables import Tables
 
-__all__ = ["Weights", "pack_weights", "roll", "score_devices"]
+__all__ = ["Weights", "follow", "pack_weights", "roll", "score_devices"]
 
 
 class Weights(NamedTuple):
@@ -136,7 +136,7 @@ def _choose(scores, mask, temperature, random):
 
 
 @numba.njit(cache=True)
-def _roll(tables, state, weights, temperature, random, features, out):
+def _roll(tables, state, weights, temperature, forced, random, features, out):
     classes, devices = tables.can_run.shape
     mask = np.zeros(devices, np.bool_)
     scores = np.empty(devices, np.float32)
@@ -144,8 +144,11 @@ def _roll(tables, state, weights, temperature, random, features, out):
     for _ in range(out.shape[0]):
         found = begin(tables, state, mask, features)
         while found and int(state.numbers[STEP]) < classes:
-            score_devices(weights, features, scores)
-            found = advance(tables, state, _choose(scores, mask, temperature, random), mask, features)
+            device = forced[int(state.numbers[STEP])]
+            if device < 0 or not mask[device]:
+                score_devices(weights, features, scores)
+                device = _choose(scores, mask, temperature, random)
+            found = advance(tables, state, device, mask, features)
         if found:
             for op in range(tables.class_of.shape[0]):
                 out[whole, op] = state.device_of[tables.class_of[op]]
@@ -153,7 +156,15 @@ def _roll(tables, state, weights, temperature, random, features, out):
     return whole
 
 
-def roll(tables: Tables, weights: Weights, *, count: int, temperature: float, seed: int) -> NDArray[np.int32]:
+def roll(
+    tables: Tables,
+    weights: Weights,
+    *,
+    count: int,
+    temperature: float,
+    seed: int,
+    forced: NDArray[np.int32] | None = None,
+) -> NDArray[np.int32]:
     """Place a problem by the policy.
 
     Args:
@@ -162,12 +173,74 @@ def roll(tables: Tables, weights: Weights, *, count: int, temperature: float, se
         count: Placements to make.
         temperature: Of the softmax that devices are drawn from; 0 = always the best device.
         seed: Of the draws; the same seed gives the same placements.
+        forced: int32[C] device of each class, kept wherever the mask allows it; -1 = the policy decides. None = it
+            decides all.
 
     Returns:
         int32[P, N] device indices, P <= count: placements in which some op had no allowed device are left out.
     """
+    classes, devices = tables.can_run.shape
     out = np.empty((count, tables.latency.shape[0]), np.int32)
     random = np.random.SeedSequence(seed).generate_state(1, np.uint64) | np.uint64(1)
-    features = np.zeros((tables.can_run.shape[1], NUM_FEATURES), np.float32)
-    whole = _roll(tables, new_state(tables), weights, float(temperature), random, features, out)
+    features = np.zeros((devices, NUM_FEATURES), np.float32)
+    if forced is None:
+        forced = np.full(classes, -1, np.int32)
+    whole = _roll(tables, new_state(tables), weights, float(temperature), forced, random, features, out)
     return out[:whole]
+
+
+@numba.njit(cache=True)
+def _softmax(scores, mask, allowed, row):
+    """Fill probabilities: softmax over the mask; where it is empty, uniform over what is allowed, else over all."""
+    best, choices = -np.inf, 0
+    for d in range(mask.shape[0]):
+        choices += allowed[d]
+        if mask[d]:
+            best = max(best, scores[d])
+    total = 0.0
+    for d in range(mask.shape[0]):
+        if best > -np.inf:
+            row[d] = np.exp(scores[d] - best) if mask[d] else 0.0
+        else:
+            row[d] = 1.0 if choices == 0 or allowed[d] else 0.0
+        total += row[d]
+    for d in range(mask.shape[0]):
+        row[d] /= total
+
+
+@numba.njit(cache=True)
+def _follow(tables, state, weights, actions, features, out):
+    classes, devices = tables.can_run.shape
+    mask = np.zeros(devices, np.bool_)
+    scores = np.zeros(devices, np.float32)
+    begin(tables, state, mask, features)
+    alive = True
+    for step in range(classes):
+        if alive:
+            score_devices(weights, features, scores)
+        else:
+            mask[:] = False
+        _softmax(scores, mask, tables.can_run[step], out[step])
+        # Past the mask the schedule still has a meaning, on a device that can't run the class it has none.
+        alive = alive and tables.can_run[step, actions[step]]
+        if alive:
+            advance(tables, state, actions[step], mask, features)
+
+
+def follow(tables: Tables, weights: Weights, actions: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Return the policy's probabilities of every device at every decision along given decisions.
+
+    Args:
+        tables: Of the problem.
+        weights: Of the policy.
+        actions: int32[C], device of each class. One that the mask forbids is taken all the same while the device can
+            run the class.
+
+    Returns:
+        float32[C, D]; rows sum to 1. Rows in which no device is allowed, and all rows after a class is on a device that
+        cannot run it, are uniform over the devices that can.
+    """
+    out = np.empty(tables.can_run.shape, np.float32)
+    features = np.zeros((tables.can_run.shape[1], NUM_FEATURES), np.float32)
+    _follow(tables, new_state(tables), weights, actions, features, out)
+    return out
