@@ -34,7 +34,7 @@ def test_the_split_keeps_families_and_clusters_apart():
 def test_the_distribution_is_wide():
     problems = training_problems(120, seed=1)
     assert {p.objective.goal for p in problems} == {"latency", "throughput"}
-    assert {p.num_devices for p in problems} == set(range(2, 9))
+    assert {p.num_devices for p in problems} == set(range(2, 17))
     assert {p.semantics.route for p in problems} == {"direct", "host"}
     assert {p.semantics.transfers for p in problems} == {"overlapped", "blocking"}
     assert {p.semantics.contention for p in problems} == {"link", "none"}
