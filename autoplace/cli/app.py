@@ -23,6 +23,7 @@ VERBS = {
     "place": ("autoplace.cli.place", "place", "Place a problem file's ops on its devices; no model needed."),
     "profile": ("autoplace.cli.profile", "profile", "Discover and measure this machine's devices."),
     "train": ("autoplace.cli.train", "train", "Train a placement policy for a cluster."),
+    "tune-agent": ("autoplace.cli.tune_agent", "tune_agent", "Search the hyperparameters that policies train with."),
     "ui": ("autoplace.cli.ui", "ui", "Open the MLflow UI on autoplace's runs."),
     "sync": ("autoplace.cli.sync", "sync", "Replay to MLflow what a tracking server missed."),
 }
