@@ -57,6 +57,8 @@ class ShortRuns:
         self._instances = [bench for bench in (Bench([p]) for p in instances) if len(bench)]
         if not self._instances:
             raise InputError("no instance can be placed by any heuristic; use more instances")
+        # Drawn problems go round their families; dealt in that order, a hand would hold a few of them.
+        self._order = np.random.default_rng(0).permutation(len(self._instances)).tolist()
         self._steps = steps
         self._max_devices = max_devices
         self._cache = ProblemCache()
@@ -91,7 +93,7 @@ class ShortRuns:
                 # The fall of the learning rate is that of → `train`.
                 rate = ppo.learning_rate * (1.0 - 0.9 * part / CHECKS)
                 trainer.run_chunk(_seed(*key, part), learning_rate=rate)
-                if check is not None and check(self._look(Policy.of(network), range(part, len(self), CHECKS))):
+                if check is not None and check(self._look(Policy.of(network), self._order[part::CHECKS])):
                     return None
         finally:
             trainer.close()

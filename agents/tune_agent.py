@@ -83,9 +83,9 @@ class TuneAgentConfig:
     """Validation problems that trials are compared on, and as many others for the last look."""
     confirmations: int = 2
     """Seeds of the last look; 0 = trust the search."""
-    max_ops: int = 120
+    max_ops: int = TrainConfig.max_ops
     """Largest number of ops of the problems, about."""
-    max_devices: int = 8
+    max_devices: int = TrainConfig.max_devices
     seed: int = 0
     base: PpoConfig = field(default_factory=PpoConfig)
     """Hyperparameters of the first trial; the ranges lie around them."""

@@ -44,7 +44,10 @@ def tune_agent(
         typer.Option("--confirmations", help="Seeds with which the best trial has to win again on other problems."),
     ] = 2,
     epochs: Annotated[int, typer.Option("--epochs", help="Epochs of imitation where there is no --start.")] = 15,
-    max_ops: Annotated[int, typer.Option("--max-ops", help="Largest number of ops of a problem, about.")] = 120,
+    max_ops: Annotated[
+        int | None,
+        typer.Option("--max-ops", help="Largest number of ops of a problem; default: as in training."),
+    ] = None,
     ppo: Annotated[
         Path | None, typer.Option("--ppo", help="best.json with the hyperparameters of the first trial.")
     ] = None,
@@ -56,6 +59,7 @@ def tune_agent(
 
     from autoplace.agents.ppo import PpoConfig
     from autoplace.agents.ppo_file import load_ppo
+    from autoplace.agents.train import TrainConfig
     from autoplace.agents.tune_agent import TuneAgentConfig
 
     config = TuneAgentConfig(
@@ -67,7 +71,7 @@ def tune_agent(
         instances=instances,
         confirmations=confirmations,
         imitate_epochs=epochs,
-        max_ops=max_ops,
+        max_ops=TrainConfig.max_ops if max_ops is None else max_ops,
         seed=seed,
         base=PpoConfig() if ppo is None else load_ppo(ppo),
     )
