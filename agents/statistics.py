@@ -61,7 +61,7 @@ class RatioSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready figures; what is not finite becomes null."""
-        figures = {
+        figures: dict[str, float | list[float]] = {
             "geometric_mean": self.geometric_mean,
             "interval": [self.low, self.high],
             "bootstrap_interval": [self.bootstrap_low, self.bootstrap_high],
