@@ -17,13 +17,13 @@ import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
 
-from autoplace.envs import PlacementEnv, ProblemCache
+from autoplace.envs import PlacementVectorEnv, ProblemCache
 from autoplace.policy.network import PolicyNetwork
 from autoplace.problem import Problem
 
 from .actor_critic import PlacementActorCritic
+from .vec_env import PlacementVecEnv
 
 __all__ = ["PpoConfig", "PpoTrainer"]
 
@@ -96,9 +96,8 @@ class PpoTrainer:
         """State of Adam after the last chunk; None before the first."""
         self._report = report
         self._on_episode = on_episode
-        shared = cache or ProblemCache()
-        self._envs = DummyVecEnv(
-            [lambda: PlacementEnv(problems, max_devices=max_devices, cache=shared) for _ in range(config.envs)]
+        self._envs = PlacementVecEnv(
+            PlacementVectorEnv(problems, config.envs, max_devices=max_devices, cache=cache, copy=False)
         )
 
     def run_chunk(self, seed: int, *, learning_rate: float | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -12,71 +11,14 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from autoplace.errors import InfeasibleError, InputError
-from autoplace.graph.opgraph import OpGraph
-from autoplace.hardware.cluster import Cluster, Device, Link
-from autoplace.outcome import Evaluator, Outcome
-from autoplace.plan import Plan
+from autoplace.errors import InputError
+from autoplace.outcome import Evaluator
 from autoplace.policy.features import FEATURE_LIMIT, NUM_FEATURES, PartialPlacement
-from autoplace.policy.tables import Tables, build_tables
 from autoplace.problem import Problem
-from autoplace.simulate.evaluator import SimulatedEvaluator
 
-from .reference import best_baseline
+from .cache import INFEASIBLE_REWARD, ProblemCache, Sampler, example, sampler_of
 
-__all__ = ["INFEASIBLE_REWARD", "PlacementEnv", "ProblemCache"]
-
-INFEASIBLE_REWARD = -5.0
-"""Sum of the rewards of an episode that ends without a feasible plan: as if it were e^5 = 148 times the reference."""
-MAX_PREPARED = 4096
-"""Problems whose tables, evaluator and reference are kept."""
-
-Sampler = Callable[[np.random.Generator], Problem]
-
-
-class ProblemCache:
-    """What episodes on problems need, made once per problem object; environments in one thread may share it.
-
-    Args:
-        evaluator_factory: Problem to Evaluator; None = `SimulatedEvaluator`.
-        reference: Problem to J_reference; None = the best simulated baseline.
-    """
-
-    def __init__(
-        self,
-        evaluator_factory: Callable[[Problem], Evaluator] | None = None,
-        reference: Callable[[Problem], float] | None = None,
-    ) -> None:
-        self._factory = evaluator_factory or SimulatedEvaluator
-        self._reference = reference or _simulated_reference
-        self._entries: dict[int, _Entry] = {}
-
-    def entry(self, problem: Problem) -> _Entry:
-        """Return the tables and the evaluator of a problem."""
-        found = self._entries.get(id(problem))
-        if found is None:
-            if len(self._entries) >= MAX_PREPARED:
-                self._entries.pop(next(iter(self._entries)))
-            found = _Entry(problem, build_tables(problem), self._factory(problem))
-            self._entries[id(problem)] = found
-        return found
-
-    def log_reference(self, problem: Problem) -> float:
-        """Return log J_reference of a problem."""
-        entry = self.entry(problem)
-        if entry.log_reference is None:
-            entry.log_reference = math.log(max(self._reference(problem), 1e-12))
-        return entry.log_reference
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A problem, held so that its id stays its own, and what was made of it."""
-
-    problem: Problem
-    tables: Tables
-    evaluator: Evaluator
-    log_reference: float | None = None
+__all__ = ["PlacementEnv"]
 
 
 class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
@@ -84,15 +26,17 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     ## Description
     A `Problem` is an op graph, a cluster, every op's latency on every device and an objective J = latency^(1-w) *
-    energy^w (or steady-state time in place of latency). An episode builds one assignment. The classes come in
-    descending order of upward rank, producers before consumers. When the last class is placed, the evaluator, simulated
-    or measured, says what the plan costs.
+    energy^w (or steady-state time in place of latency). An episode builds one assignment, one co-location class (an op,
+    or all ops that must share a device) a step. The order is the problem's own: descending upward rank, a class ranking
+    as high as its first op, so that producers come before consumers; neither the actions nor the seed change it. When
+    the last class is placed, the evaluator, simulated or measured, says what the plan costs.
 
     ## Action Space
     `Discrete(max_devices)`: the device of the current class, an index into `problem.cluster.devices`.
-    `action_masks()` returns bool[max_devices], true where the class can run, its memory fits, its neighbours can be
-    reached, and the rest can still be placed (`policy.partial.fill_mask` has the exact rule). Co-located ops move as
-    one. An action that the mask forbids ends the episode as infeasible.
+    `action_masks()` returns bool[max_devices], the hard mask: true where the class can run, its memory fits, its
+    neighbours can be reached, and the rest can still be placed (`policy.partial.fill_mask` has the exact rule).
+    Co-located ops move as one. An action that the hard mask forbids ends the episode as infeasible. With
+    `hard_masks=False` the mask offers every device that can run the class, and the other choices are merely punished.
 
     ## Observation Space
     `Box(-10, 10, (max_devices, F), float32)`: a row per device, then rows of zeros. Columns, all ratios, flags and log
@@ -112,10 +56,14 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     `autoplace.policy.features.FEATURES` names every column. The last observation of an episode is all zeros.
 
+    So every row says what the hardware is like now: the device's speed for this class, on the whole and for what comes
+    next, the energy it takes, its present load, the memory left, and the links to it and from it with their own loads.
+
     ## Rewards
     The sum of an episode's rewards is log(J_reference / J): 0 for a plan as good as the reference, log 2 for one twice
-    as good. With `shaping`, a step's reward is the fall of an optimistic guess at log J (`PartialPlacement.
-    log_estimate`); the last step pays the remainder, so that the sum stays exact. Without, all comes at the end. An
+    as good. With `shaping`, the potential is an optimistic guess at log J from the partial schedule (`policy.partial.
+    estimate`): a step's reward is the fall of the guess, and the last step pays the remainder, log(J_reference / J)
+    less what was paid, so that the sum stays exact whatever the guess was worth. Without, all comes at the end. An
     infeasible episode (no device allowed, a forbidden action, a plan that the evaluator finds infeasible) sums to
     `INFEASIBLE_REWARD` = -5. Use a discount of 1.
 
@@ -125,22 +73,26 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     ## Episode End
     Termination after the last class, or when an episode turns infeasible. No truncation. The last step's `info` holds
-    `objective` (J; inf if infeasible), `log_ratio` (the sum of rewards), `feasible`, `reason`, `assignment` (int32[N])
-    and, where the evaluator returned one, `outcome`.
+    `problem` (its name), `objective` (J; inf if infeasible), `log_ratio` (the sum of rewards), `feasible`, `reason`,
+    `assignment` (int32[N]; -1 where an infeasible episode left ops undecided) and, where the evaluator returned one,
+    `outcome`.
 
     ## Arguments
     - `problems`: a Problem, a sequence of them, or a sampler from a numpy Generator to a Problem. None = a small
       example of three ops on two devices.
     - `evaluator_factory`: Problem to Evaluator; default `SimulatedEvaluator`. `MeasuredEvaluator` gives real runs.
     - `max_devices`: rows of the observation; problems with more devices are refused.
-    - `reference`: Problem to J_reference, in the evaluator's terms; default the best of single device, chunks, HEFT and
-      m-ETF, simulated (where none is feasible, an optimistic bound). Asked once per problem.
+    - `reference`: Problem to J_reference, in the evaluator's terms; default the best of single device, chunks, HEFT,
+      m-ETF and the pipeline dynamic programme, simulated (where none is feasible, an optimistic bound). Asked once per
+      problem.
     - `shaping`: whether rewards come on the way.
+    - `hard_masks`: whether `action_masks()` is the hard mask; False for ablations.
     - `cache`: a `ProblemCache` shared with other environments, in place of `evaluator_factory` and `reference`.
 
     ```python
     import gymnasium, autoplace.envs
     env = gymnasium.make("autoplace/Placement-v0", problems=problem)
+    many = gymnasium.make_vec("autoplace/Placement-v0", num_envs=32, problems=problems)  # `PlacementVectorEnv`
     ```
 
     ## Version History
@@ -157,6 +109,7 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
         max_devices: int = 16,
         reference: Callable[[Problem], float] | None = None,
         shaping: bool = True,
+        hard_masks: bool = True,
         cache: ProblemCache | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -168,11 +121,12 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
         if render_mode is not None:
             raise InputError(f"render_mode {render_mode!r} is not offered; leave it out")
         if problems is None:
-            problems = _example()
-        self._sampler = _sampler(problems)
+            problems = example()
+        self._sampler = sampler_of(problems)
         self._cache = cache or ProblemCache(evaluator_factory, reference)
         self.max_devices = max_devices
         self.shaping = shaping
+        self.hard_masks = hard_masks
         self.action_space: spaces.Discrete = spaces.Discrete(max_devices)
         self.observation_space = spaces.Box(-FEATURE_LIMIT, FEATURE_LIMIT, (max_devices, NUM_FEATURES), np.float32)
         self._placement: PartialPlacement | None = None
@@ -192,9 +146,11 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
         return self._placement
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Return bool[max_devices], the devices allowed for the current class."""
-        mask = np.zeros(self.max_devices, np.bool_)
-        allowed = self.placement.mask
+        """Return bool[max_devices], the devices offered for the current class; all false after the last."""
+        mask, placement = np.zeros(self.max_devices, np.bool_), self.placement
+        allowed = placement.mask
+        if not self.hard_masks and not placement.done:
+            allowed = placement.tables.can_run[placement.step]
         mask[: len(allowed)] = allowed
         return mask
 
@@ -228,12 +184,12 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
         placement, device = self.placement, int(action)
         if placement.done:
             raise InputError("the episode is over; call reset()")
-        if device >= len(placement.mask) or not placement.mask[device]:
+        if not 0 <= device < len(placement.mask) or not placement.mask[device]:
             reason = f"device {device} is not allowed at step {placement.step}"
             return self._end(INFEASIBLE_REWARD, {"objective": math.inf, "feasible": False, "reason": reason})
         placement.place(device)
         if placement.done:
-            return self._end(*self._evaluate())
+            return self._end(*self._cache.judge(self.problem, placement.assignment[None, :])[0])
         if placement.stuck:
             names = self.problem.graph.names
             reason = f"no device is left for op {names[int(placement.current_ops[0])]!r}"
@@ -257,58 +213,3 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
         info |= {"log_ratio": log_ratio, "assignment": self.placement.assignment.copy()}
         info |= {"problem": self.problem.name}
         return empty, log_ratio - self._paid, True, False, info
-
-    def _evaluate(self) -> tuple[float, dict[str, Any]]:
-        """Return log(J_reference / J) of the finished placement, and the last info."""
-        evaluator = self._cache.entry(self.problem).evaluator
-        if isinstance(evaluator, SimulatedEvaluator):
-            objective = float(evaluator.score(self.placement.assignment)[0])
-            feasible = math.isfinite(objective)
-            info: dict[str, Any] = {"reason": "" if feasible else "the simulator finds it infeasible"}
-        else:
-            plan = Plan.from_assignment(self.problem, self.placement.assignment, strategy="learned")
-            outcome: Outcome = evaluator.evaluate([plan])[0]
-            objective, feasible = outcome.objective, outcome.feasible and math.isfinite(outcome.objective)
-            info = {"reason": outcome.reason, "outcome": outcome}
-        info |= {"objective": objective if feasible else math.inf, "feasible": feasible}
-        if not feasible:
-            return INFEASIBLE_REWARD, info
-        return self._cache.log_reference(self.problem) - math.log(max(objective, 1e-12)), info
-
-
-def _simulated_reference(problem: Problem) -> float:
-    """Return J of the best baseline; where none is feasible, the optimistic guess at J of the empty placement."""
-    try:
-        return best_baseline(problem).objective
-    except InfeasibleError:
-        # The guess counts energy in mJ, J in joules.
-        millijoules = problem.objective.energy_weight * math.log(1000.0)
-        return math.exp(PartialPlacement(problem).log_estimate - millijoules)
-
-
-def _sampler(problems: Problem | Sequence[Problem] | Sampler) -> Sampler:
-    if isinstance(problems, Problem):
-        return lambda generator: problems
-    if callable(problems):
-        return problems
-    fixed = tuple(problems)
-    if not fixed:
-        raise InputError("the environment needs at least one problem")
-    return lambda generator: fixed[int(generator.integers(len(fixed)))]
-
-
-def _example() -> Problem:
-    """Return three ops in a row on two devices, of which each is the fast one for some op."""
-    graph = OpGraph.build(
-        names=("embed", "attention", "head"),
-        edges=[(0, [1], 4096.0), (1, [2], 4096.0)],
-        weight_bytes=[1000, 2000, 4000],
-        activation_bytes=[64, 64, 64],
-    )
-    devices = (
-        Device(name="host0/cuda:0", kind="cuda", memory_bytes=6000, idle_watts=60, busy_watts=300),
-        Device(name="host0/cpu:0", kind="cpu", memory_bytes=8000, idle_watts=20, busy_watts=90),
-    )
-    cluster = Cluster(devices=devices, default_link=Link(latency_ms=0.02, bytes_per_ms=1e6))
-    latency = np.asarray([[0.4, 0.1], [0.5, 2.0], [1.0, 1.5]])
-    return Problem(graph=graph, cluster=cluster, latency_ms=latency, name="three-ops")

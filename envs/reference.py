@@ -28,7 +28,7 @@ class Baseline:
 
 
 def constructive_baselines(problem: Problem) -> list[Baseline]:
-    """Return the best placement of each of single device, chunks, HEFT and m-ETF, best first; simulated."""
+    """Return the best placement of each of `strategies.heuristics`, best first; simulated."""
     scorer = Scorer(problem, Budget().start())
     best = [
         Baseline(strategy=name, assignment=found[0][1], objective=found[0][0])

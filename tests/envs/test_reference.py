@@ -12,7 +12,7 @@ def test_the_best_baseline_is_the_least_and_no_worse_than_a_single_device(proble
     for baseline in found:
         assert evaluator.score(baseline.assignment)[0] == baseline.objective
     singles = evaluator.score(np.repeat(np.arange(3, dtype=np.int32)[:, None], problem.num_ops, axis=1))
-    assert {"single", "heft", "metf", "chunks"} == {b.strategy for b in found}
+    assert {"single", "heft", "metf", "chunks"} <= {b.strategy for b in found}
     assert best_baseline(problem).objective == min(b.objective for b in found) <= singles.min()
 
 
