@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from autoplace.simulate.primitives import IDLE, INF, carry, inline, push, take
 
-__all__ = ["foresee", "simulate_ahead"]
+__all__ = ["begin_op", "foresee", "simulate_ahead", "spreading"]
 
 
 @inline
@@ -23,33 +23,46 @@ def foresee(ops, devices, queue, op, when):
         devices[d].next_ms = min(devices[d].next_ms, max(devices[d].until_ms, ready))
 
 
-@inline
-def _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, op):
-    """Send what an op produces as soon as its finish is known: rules 3 to 5 without an event."""
-    s, now, host = ops[op].device, ops[op].finish_ms, len(devices)
-    sent, out_end = -1, 0.0
-    for k in range(ops[op].first_edge, ops[op].last_edge):
-        consumer, tensor = edges[k].consumer, edges[k].tensor
-        d = ops[consumer].device
-        if d == s:
-            foresee(ops, devices, queue, consumer, now)
-            continue
-        if devices[d].stamp != tensor:
-            devices[d].stamp = tensor
-            if not rules[0].host:
-                devices[d].arrival_ms = carry(rules, tensors, links, log, tensor, s, d, now)
-            else:
-                if sent != tensor:
-                    sent = tensor
-                    out_end = now if devices[s].stays else carry(rules, tensors, links, log, tensor, s, host, now)
-                devices[d].arrival_ms = out_end
-                if not devices[d].stays:
-                    devices[d].arrival_ms = carry(rules, tensors, links, log, tensor, host, d, out_end)
-        foresee(ops, devices, queue, consumer, devices[d].arrival_ms)
+def spreading(arrive):  # type: ignore[no-untyped-def]
+    """Build the function that sends what an op produces; `arrive` does as `foresee` does, given a context."""
+
+    @inline
+    def spread_ahead(context, rules, ops, devices, tensors, edges, links, queue, log, op):
+        """Send what an op produces as soon as its finish is known: rules 3 to 5 without an event."""
+        s, now, host = ops[op].device, ops[op].finish_ms, len(devices)
+        sent, out_end = -1, 0.0
+        for k in range(ops[op].first_edge, ops[op].last_edge):
+            consumer, tensor = edges[k].consumer, edges[k].tensor
+            d = ops[consumer].device
+            if d == s:
+                arrive(context, ops, devices, queue, consumer, now)
+                continue
+            if devices[d].stamp != tensor:
+                devices[d].stamp = tensor
+                if not rules[0].host:
+                    devices[d].arrival_ms = carry(rules, tensors, links, log, tensor, s, d, now)
+                else:
+                    if sent != tensor:
+                        sent = tensor
+                        out_end = now if devices[s].stays else carry(rules, tensors, links, log, tensor, s, host, now)
+                    devices[d].arrival_ms = out_end
+                    if not devices[d].stays:
+                        devices[d].arrival_ms = carry(rules, tensors, links, log, tensor, host, d, out_end)
+            arrive(context, ops, devices, queue, consumer, devices[d].arrival_ms)
+
+    return spread_ahead
 
 
 @inline
-def _begin(rules, ops, devices, latency_ms, queue, urgent, d, now):
+def _arrive(context, ops, devices, queue, op, when):
+    foresee(ops, devices, queue, op, when)
+
+
+_spread_ahead = spreading(_arrive)
+
+
+@inline
+def begin_op(rules, ops, devices, latency_ms, queue, urgent, d, now):
     """Start the next op of a device that has one ready; return it."""
     op = take(rules, ops, devices, queue, urgent, d, now)
     took = latency_ms[op, d]
@@ -86,20 +99,20 @@ def simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue
                 alone = False
         if now == INF:
             return INF
-        op = _begin(rules, ops, devices, latency_ms, queue, urgent, first, now)
+        op = begin_op(rules, ops, devices, latency_ms, queue, urgent, first, now)
         makespan = max(makespan, ops[op].finish_ms)
         left -= 1
         if not alone:
             for d in range(first + 1, len(devices)):
                 devices[d].running = IDLE
                 if devices[d].next_ms == now:
-                    other = _begin(rules, ops, devices, latency_ms, queue, urgent, d, now)
+                    other = begin_op(rules, ops, devices, latency_ms, queue, urgent, d, now)
                     makespan = max(makespan, ops[other].finish_ms)
                     devices[d].running = other
                     left -= 1
-        _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, op)
+        _spread_ahead((), rules, ops, devices, tensors, edges, links, queue, log, op)
         if not alone:
             for d in range(first + 1, len(devices)):
                 if devices[d].running != IDLE:
-                    _spread_ahead(rules, ops, devices, tensors, edges, links, queue, log, devices[d].running)
+                    _spread_ahead((), rules, ops, devices, tensors, edges, links, queue, log, devices[d].running)
     return makespan

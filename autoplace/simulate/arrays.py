@@ -31,12 +31,12 @@ RULES = np.dtype(
 
 OPS = np.dtype(
     [("source", "i4"), ("num_inputs", "i4"), ("first_edge", "i4"), ("last_edge", "i4"), ("first_output", "i4"),
-     ("last_output", "i4"), ("first_input", "i4"), ("last_input", "i4"), ("frees", "?"), ("weight_bytes", "f8"),
-     ("activation_bytes", "f8"), ("device", "i4"), ("missing", "i4"), ("uses_left", "i4"), ("ready_ms", "f8"),
-     ("start_ms", "f8"), ("finish_ms", "f8"), ("rank_ms", "f8")],
+     ("last_output", "i4"), ("first_input", "i4"), ("last_input", "i4"), ("frees", "?"), ("epoch", "i4"),
+     ("weight_bytes", "f8"), ("activation_bytes", "f8"), ("device", "i4"), ("missing", "i4"), ("uses_left", "i4"),
+     ("step", "i4"), ("ready_ms", "f8"), ("start_ms", "f8"), ("finish_ms", "f8"), ("rank_ms", "f8")],
     align=True,
 )  # fmt: skip
-"""Given: ranges into `edges`, `outputs` and `inputs`. Filled: from `device` on."""
+"""Given: ranges into `edges`, `outputs` and `inputs`. Filled: from `device` on; `epoch` and `step` by `restart` alone."""
 
 DEVICES = np.dtype(
     [("stays", "?"), ("memory_bytes", "f8"), ("idle_watts", "f8"), ("extra_watts", "f8"),
