@@ -7,6 +7,7 @@ one producer and any number of consumers. The graph knows nothing of devices; la
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,9 +79,7 @@ class OpGraph:
             AutoplaceError: If the edges have a cycle or name an op that does not exist.
         """
         count = len(names)
-        sets = [sorted(set(consumers)) for _, consumers, _ in edges]
-        offsets = np.zeros(len(edges) + 1, np.int32)
-        np.cumsum([len(s) for s in sets], out=offsets[1:]) if edges else None
+        offsets, consumers = _consumers([c for _, c, _ in edges])
         graph = OpGraph(
             names=tuple(names),
             kinds=tuple(kinds) if kinds is not None else ("op",) * count,
@@ -94,7 +93,7 @@ class OpGraph:
             tensor_producer=np.asarray([p for p, _, _ in edges], np.int32),
             tensor_bytes=np.asarray([b for _, _, b in edges], np.float64),
             consumer_offsets=offsets,
-            consumers=np.asarray([c for s in sets for c in s], np.int32),
+            consumers=consumers,
         )
         graph.topological_order  # noqa: B018 - raises on cycles and bad indices
         return graph
@@ -140,10 +139,10 @@ class OpGraph:
         edges = self.edge_list
         if len(edges) and (edges[:, :2].min() < 0 or edges[:, :2].max() >= self.num_ops):
             raise AutoplaceError("a tensor names an op that does not exist")
-        indegree = np.zeros(self.num_ops, np.int64)
-        np.add.at(indegree, edges[:, 1], 1)
-        starts, targets = self._successors
-        heap = [int(i) for i in np.flatnonzero(indegree == 0)]
+        degrees = np.bincount(edges[:, 1], minlength=self.num_ops)
+        heap = np.flatnonzero(degrees == 0).tolist()  # ascending, so a heap
+        # Lists: reading single items of arrays takes several times as long.
+        indegree, (starts, targets) = degrees.tolist(), (part.tolist() for part in self._successors)
         order: list[int] = []
         while heap:
             op = heapq.heappop(heap)
@@ -151,9 +150,9 @@ class OpGraph:
             for target in targets[starts[op] : starts[op + 1]]:
                 indegree[target] -= 1
                 if indegree[target] == 0:
-                    heapq.heappush(heap, int(target))
+                    heapq.heappush(heap, target)
         if len(order) < self.num_ops:
-            stuck = self.names[int(np.flatnonzero(indegree > 0)[0])]
+            stuck = self.names[next(i for i, count in enumerate(indegree) if count > 0)]
             raise AutoplaceError(f"the graph has a cycle through op {stuck!r}; remove a tensor that closes it")
         return np.asarray(order, np.int32)
 
@@ -177,6 +176,19 @@ class OpGraph:
         ):  # fmt: skip
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
+
+
+def _consumers(rows: list[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return offsets int32[T + 1] and the consumers of T tensors, ascending and each once within a tensor."""
+    tensor = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    consumer = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(tensor))
+    order = np.lexsort((consumer, tensor))
+    tensor, consumer = tensor[order], consumer[order]
+    fresh = np.ones(len(tensor), np.bool_)
+    fresh[1:] = (tensor[1:] != tensor[:-1]) | (consumer[1:] != consumer[:-1])
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(np.bincount(tensor[fresh], minlength=len(rows)), out=offsets[1:])
+    return offsets, consumer[fresh].astype(np.int32)
 
 
 def _array(values: Sequence[float] | None, count: int, dtype: type) -> NDArray:
