@@ -53,19 +53,20 @@ def load_ppo(path: str | Path) -> PpoConfig:
     for name, value in data["ppo"].items():
         if name not in defaults:
             raise InputError(f"{path}: PPO has no {name!r}; use {', '.join(defaults)}")
-        values[name] = _checked(f"{path}: {name}", value, defaults[name], optional=name == "target_kl")
+        if name == "target_kl" and value is None:
+            values[name] = None
+            continue
+        values[name] = _checked(f"{path}: {name}", value, defaults[name], least=int(name != "warmup_updates"))
     return PpoConfig(**values)
 
 
-def _checked(where: str, value: Any, default: Any, *, optional: bool) -> Any:
-    """Return a value as the type of the default, or say what is wrong with it."""
-    if value is None and optional:
-        return None
+def _checked(where: str, value: Any, default: Any, *, least: int) -> Any:
+    """Return a value as the type of the default, or say what is wrong with it; whole numbers are `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{where} is {json.dumps(value)[:60]}; use a number")
     if isinstance(default, int):
-        if not isinstance(value, int) or value < 0:
-            raise InputError(f"{where} is {value}; use a whole number, 0 or more")
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{where} is {value}; use a whole number, {least} or more")
         return value
     if not math.isfinite(value) or value < 0:
         raise InputError(f"{where} is {value}; use a finite number, 0 or more")

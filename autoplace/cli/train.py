@@ -64,6 +64,9 @@ def train(
         float, typer.Option("--energy-weight", help="w of latency^(1-w) * energy^w that real runs are rewarded for.")
     ] = 0.0,
     hidden: Annotated[int, typer.Option("--hidden", help="Width of the network.")] = 32,
+    ppo: Annotated[
+        Path | None, typer.Option("--ppo", help="PPO's hyperparameters: the best.json of `autoplace tune-agent`.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     tracking_uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store.")] = None,
@@ -71,6 +74,8 @@ def train(
     """Train a placement policy: imitation, PPO on the simulator, PPO on measured runs."""
     from rich.console import Console
 
+    from autoplace.agents.ppo import PpoConfig
+    from autoplace.agents.ppo_file import load_ppo
     from autoplace.agents.train import STAGES, TrainConfig
     from autoplace.problem import Objective, Semantics
 
@@ -87,6 +92,7 @@ def train(
         simulate_steps=steps_simulate,
         measure_plans=plans_measure,
         hidden=hidden,
+        ppo=PpoConfig() if ppo is None else load_ppo(ppo),
         start=_find_policy(policy, tracking_uri),
         resume=resume,
         command=_command(),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["tune_agent"]
 
-ROWS = 8
+BEST = 5
 """Trials in the table."""
 
 
@@ -123,10 +123,14 @@ def _show(console: Console, result: TuneAgentResult) -> None:
 
     from autoplace.agents.ppo_space import SEARCHED
 
-    table = Table("trial", "J / J heuristic", *SEARCHED, "s", title="The best trials (below 1 beats the heuristics)")
-    for row in [row for row in result.trials if row.value is not None][:ROWS]:
-        cells = [_short(getattr(row.ppo, name)) for name in SEARCHED]
-        table.add_row(str(row.number), f"{math.exp(-(row.value or 0.0)):.4f}", *cells, f"{row.seconds:.0f}")
+    best = [row for row in result.trials if row.value is not None][:BEST]
+    table = Table("trial", *(str(row.number) for row in best), title="The best trials, the best first")
+    table.add_row(
+        "J policy / J heuristics", *(f"{math.exp(-(row.value or 0.0)):.4f}" for row in best), end_section=True
+    )
+    for name in SEARCHED:
+        table.add_row(name, *(_short(getattr(row.ppo, name)) for row in best))
+    table.add_row("seconds", *(f"{row.seconds:.0f}" for row in best))
     console.print(table)
     states = [row.state for row in result.trials]
     console.print(f"{len(states)} trials: {', '.join(f'{states.count(s)} {s}' for s in sorted(set(states)))}.")

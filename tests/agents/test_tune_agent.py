@@ -15,7 +15,7 @@ from autoplace.errors import InputError
 from autoplace.policy.network import PolicyConfig, PolicyNetwork
 from autoplace.policy.policy import Policy
 
-BASE = PpoConfig(envs=2, steps=8, batch_size=16, epochs=1, warmup_updates=0)
+BASE = PpoConfig(envs=2, steps=8, batch_size=64, epochs=1, warmup_updates=0)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,7 @@ def test_hyperparameters_survive_the_file(tmp_path):
     for change, sentence in [
         ({"speed": 1}, "no 'speed'"),
         ({"envs": 1.5}, "whole number"),
+        ({"batch_size": 0}, "batch_size is 0; use a whole number, 1 or more"),
         ({"learning_rate": "fast"}, "use a number"),
         ({"learning_rate": -1.0}, "0 or more"),
         ({"clip_range": None}, "use a number"),

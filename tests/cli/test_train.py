@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from autoplace.agents.ppo import PpoConfig
+from autoplace.agents.ppo_file import save_ppo
 from autoplace.cli.app import run
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
@@ -39,6 +41,7 @@ def test_train_writes_a_policy_and_says_where(tmp_path, capsys):
         (["--stage", "measure"], "--model"),
         (["--policy", "no-such-policy", "--stage", "imitate"], "no-such-policy"),
         (["--model", "missing.py:build"], "missing.py"),
+        (["--ppo", "missing.json"], "missing.json does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, words, sentence):
@@ -61,3 +64,14 @@ def test_records_of_earlier_tunings_are_learned_from(tmp_path, capsys):
     assert "plans of 1 tuned problem" in capsys.readouterr().out
     assert call(*words, "--records-dir", str(tmp_path / "missing")) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_hyperparameters_come_from_a_file(tmp_path):
+    save_ppo(tmp_path / "best.json", PpoConfig(learning_rate=0.0007, envs=3))
+    store = f"sqlite:///{tmp_path}/ml.db"
+    assert call("-o", str(tmp_path / "out"), *TINY, "--ppo", str(tmp_path / "best.json"), "--tracking-uri", store) == 0
+    import mlflow
+
+    client = mlflow.MlflowClient(store)
+    (mlflow_run,) = client.search_runs([client.get_experiment_by_name("autoplace-train").experiment_id])
+    assert "'learning_rate': 0.0007, 'envs': 3" in mlflow_run.data.params["ppo"]

@@ -12,7 +12,7 @@ TINY = ["--steps", "256", "--problems", "3", "--instances", "4", "--max-ops", "1
 @pytest.fixture
 def call(tmp_path):
     Policy.of(PolicyNetwork(PolicyConfig(hidden=8), seed=0)).save(tmp_path / "policy", card="a start", evaluation={})
-    save_ppo(tmp_path / "base.json", PpoConfig(envs=2, steps=8, batch_size=16, epochs=1, warmup_updates=0))
+    save_ppo(tmp_path / "base.json", PpoConfig(envs=2, steps=8, batch_size=64, epochs=1, warmup_updates=0))
 
     def go(*words):
         given = ["-o", str(tmp_path / "out"), "--start", str(tmp_path / "policy"), "--ppo", str(tmp_path / "base.json")]
@@ -28,6 +28,8 @@ def test_trials_are_runs_below_the_study(call, tmp_path, capsys):
     assert call("--trials", "2", "--tracking-uri", store) == 0
     shown = capsys.readouterr().out
     assert "2 trials:" in shown and "best.json holds" in shown
+    (rates,) = [line for line in shown.splitlines() if "learning_rate" in line]
+    assert "0.001" in rates
     import mlflow
 
     client = mlflow.MlflowClient(store)
