@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["Flat", "heft", "metf", "sliding_minimum", "upward_rank"]
+__all__ = ["Flat", "heft", "metf", "sliding_minimum", "stage_within", "upward_rank"]
 
 
 class Flat(NamedTuple):
@@ -114,6 +114,53 @@ def sliding_minimum(
             best[j] = values[queue[head]]
             where[j] = queue[head]
     return best, where
+
+
+@_compile
+def stage_within(
+    able: NDArray[np.bool_],
+    receive_ms: NDArray[np.float64],
+    link_ms: NDArray[np.float64],
+    send_ms: NDArray[np.float64],
+    total_ms: NDArray[np.float64],
+    left: NDArray[np.int64],
+    limit_ms: float,
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Return at which positions a further stage can end with no load above a limit, and where it then begins.
+
+    Args:
+        able: bool[K + 1], positions at which the stages before it can end.
+        receive_ms, link_ms, send_ms: float64[K + 1], what a border at each position adds to the stage behind it, to
+            the link, and to the stage before it.
+        total_ms: float64[K + 1], running sum of the stage's latencies.
+        left: int64[K + 1], first position from which the stage may reach each position; never falls.
+        limit_ms: Largest load, finite.
+
+    Returns:
+        bool[K + 1]; and int64[K + 1], -1 where no start is possible.
+    """
+    count = len(left)
+    ends = np.zeros(count, np.bool_)
+    where = np.full(count, -1, np.int64)
+    queue = np.empty(count, np.int64)
+    start_ms = np.empty(count)
+    head = 0
+    size = 0
+    for j in range(count):
+        # As in `sliding_minimum`, of what a stage's load lacks when it begins at each position.
+        if j > 0 and able[j - 1] and link_ms[j - 1] <= limit_ms:
+            entry = j - 1
+            start_ms[entry] = receive_ms[entry] - total_ms[entry]
+            while size > head and start_ms[queue[size - 1]] > start_ms[entry]:
+                size -= 1
+            queue[size] = entry
+            size += 1
+        while head < size and queue[head] < left[j]:
+            head += 1
+        if head < size and start_ms[queue[head]] < np.inf:
+            where[j] = queue[head]
+            ends[j] = start_ms[queue[head]] + total_ms[j] + send_ms[j] <= limit_ms
+    return ends, where
 
 
 @_compile

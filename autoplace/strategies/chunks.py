@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ _ALL_ORDERS = 4
 _BISECTIONS = 60
 """Halvings of the interval around the least load: enough to end at the resolution of a double."""
 
+Costs = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 Splits = list[int]
 """k + 1 positions: chunk p is classes [splits[p], splits[p + 1])."""
 
@@ -106,6 +107,8 @@ class _Stages:
     """int64[D, K + 1], first class of the longest chunk that ends before each position and may run on the device."""
     crossing: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
     """float64[K + 1] each: tensors and bytes that cross each position forwards, then backwards."""
+    priced: dict[tuple[int, int], Costs] = field(default_factory=dict)
+    """What → `borders` returned, where few devices make few pairs."""
 
     @staticmethod
     def of(view: View) -> _Stages:
@@ -122,8 +125,10 @@ class _Stages:
             left[device] = np.maximum(left[device], fits)
         return _Stages(view, total, left, _crossing(view))
 
-    def borders(self, source: int, target: int) -> tuple[NDArray, NDArray, NDArray]:
+    def borders(self, source: int, target: int) -> Costs:
         """Return what a border at each position costs sender, receiver and the whole way, ms, float64[K + 1] each."""
+        if (source, target) in self.priced:
+            return self.priced[source, target]
         parts = self.view.problem.semantics.microbatches
         sums = []
         for ends in (*self.view.ends, self.view.transfer):
@@ -136,7 +141,10 @@ class _Stages:
                     start = np.where(tensors > 0, parts * tensors * ends.latency_ms[s, t], 0.0)
                 cost += start + size * ends.ms_per_byte[s, t]
             sums.append(cost)
-        return sums[0], sums[1], sums[2]
+        costs = sums[0], sums[1], sums[2]
+        if len(self.total_ms) <= _ALL_ORDERS:
+            self.priced[source, target] = costs
+        return costs
 
     def least_sum(self, order: Sequence[int]) -> tuple[float, Splits] | None:
         """Return the least sum of stages and borders along a device order, ms, and its splits; None when none fits."""
@@ -183,7 +191,7 @@ class _Stages:
                 high, splits = min(middle, self._load(order, costs, found)), found
         return self._load(order, costs, splits), splits
 
-    def _loads(self, source: int, target: int) -> tuple[NDArray, NDArray, NDArray]:
+    def _loads(self, source: int, target: int) -> Costs:
         """Return what a border adds to its sender's load, its receiver's load, and its own load as a link, ms."""
         send, receive, whole = self.borders(source, target)
         semantics, none = self.view.problem.semantics, np.where(np.isinf(whole), np.inf, 0.0)
@@ -195,18 +203,17 @@ class _Stages:
 
     def _within(self, order: Sequence[int], costs: Sequence[tuple], limit: float) -> Splits | None:
         """Return splits with which no stage and no border exceeds a load, or None."""
-        from autoplace.strategies._kernels import sliding_minimum
+        from autoplace.strategies._kernels import stage_within
 
         nothing = np.zeros(self.total_ms.shape[1])
         sends = [send for send, _, _ in costs] + [nothing]
-        with np.errstate(invalid="ignore"):
-            able = self._first_stage(order[0]) + sends[0] <= limit
+        able = self._first_stage(order[0]) + sends[0] <= limit
         back = []
         for stage, (_, receive, link) in enumerate(costs, start=1):
-            total = self.total_ms[order[stage]]
-            start = np.where(able & (link <= limit), receive - total, np.inf)
-            least, where = sliding_minimum(start, self.left[order[stage]])
-            able = least + total + sends[stage] <= limit
+            device = order[stage]
+            able, where = stage_within(
+                able, receive, link, sends[stage], self.total_ms[device], self.left[device], limit
+            )
             back.append(where)
         return _unwind(back, len(nothing) - 1) if able[-1] else None
 
