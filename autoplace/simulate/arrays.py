@@ -36,7 +36,7 @@ OPS = np.dtype(
      ("step", "i4"), ("ready_ms", "f8"), ("start_ms", "f8"), ("finish_ms", "f8"), ("rank_ms", "f8")],
     align=True,
 )  # fmt: skip
-"""Given: ranges into `edges`, `outputs` and `inputs`. Filled: from `device` on; `epoch` and `step` by `restart` alone."""
+"""Given: ranges into `edges`, `outputs` and `inputs`. Filled: from `device` on; by `restart`, `epoch` and `step`."""
 
 DEVICES = np.dtype(
     [("stays", "?"), ("memory_bytes", "f8"), ("idle_watts", "f8"), ("extra_watts", "f8"),

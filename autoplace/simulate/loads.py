@@ -15,8 +15,21 @@ from numpy.typing import NDArray
 from autoplace.simulate.arrays import Arrays
 from autoplace.simulate.primitives import INF, inline, transfer_ms
 
-__all__ = ["APART", "CANNOT", "Loads", "MISSING_LINKS", "build_loads", "busiest_ms", "fits", "recount", "remember",
-           "restore", "shift", "unshift", "value"]  # fmt: skip
+__all__ = [
+    "APART",
+    "CANNOT",
+    "MISSING_LINKS",
+    "Loads",
+    "build_loads",
+    "busiest_ms",
+    "fits",
+    "recount",
+    "remember",
+    "restore",
+    "shift",
+    "unshift",
+    "value",
+]  # fmt: skip
 
 CANNOT, APART, MISSING_LINKS, FAULTS = 0, 1, 2, 3
 """Ops on devices that cannot run them; ops away from the first of their group; transfers without a link."""

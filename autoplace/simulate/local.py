@@ -193,10 +193,14 @@ def _extent(local, count):
 
 
 def _entries(version):  # type: ignore[no-untyped-def]
-    """Build the entries for one version of the sources: what they close over is part of their key in the cache."""
+    """Build the entries for one version of the sources: what they close over is part of their key in the cache.
+
+    They call each other by their global names: a compiled function closed over has another key in every process. What
+    they pass on is no literal, for which the callee would be compiled once more: `version` is more than 0.
+    """
 
     @compiled
-    def evaluate(local, spread):
+    def _evaluate(local, spread):
         """Return J of the current plan by running it in full."""
         a = local.arrays
         latency_ms = local.spread_ms if spread else a.latency_ms
@@ -204,11 +208,11 @@ def _entries(version):  # type: ignore[no-untyped-def]
             a.can_run, a.colocate_first, latency_ms, a.order, a.sources, a.outputs, a.inputs, a.consumers, a.rules,
             a.ops, a.devices, a.tensors, a.edges, a.links, a.queue, a.urgent, a.legs, a.waits, a.log,
         )  # fmt: skip
-        evaluate_plans(whole, local.plan, False, local.figures, local.status)
-        return local.figures[0, 0] if version else INF
+        evaluate_plans(whole, local.plan, version < 0, local.figures, local.status)
+        return local.figures[0, 0]
 
     @compiled
-    def recorded(local, mark, last_place):
+    def _recorded(local, mark, last_place):
         """Run the current plan from a mark on and set marks; return the makespan."""
         a, runs = local.arrays, local.runs
         latency_ms = local.spread_ms if local.counters[SPREAD] else a.latency_ms
@@ -216,7 +220,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
         return run(a, runs, local.loads.sums, latency_ms, mark, len(runs.ops), last_place, INF, version > 0)
 
     @compiled
-    def count(local):
+    def _count_sums(local):
         """Count the sums of the current plan anew."""
         for d in range(len(local.arrays.devices)):
             local.loads.sums[0, d].ops = 0
@@ -229,22 +233,22 @@ def _entries(version):  # type: ignore[no-untyped-def]
         local.largest_ms[0] = busiest_ms(local.arrays, local.loads)
 
     @compiled
-    def begin(local):
+    def _begin(local):
         """Evaluate `local.plan` in full and make it the plan that moves start from; return J, inf if infeasible."""
         local.counters[MOVED] = 0
         local.counters[RECORDED] = False
-        count(local)
+        count_sums(local)
         if local.mode[0] == AHEAD or local.mode[0] == RANKED:
             for i in range(local.plan.shape[1]):
                 _place(local, i, local.plan[0, i])
             fill_least(local.arrays, local.runs)
             if local.mode[0] == AHEAD and local.loads.faults[0, CANNOT] + local.loads.faults[0, MISSING_LINKS] == 0:
-                recorded(local, COLD, len(local.runs.ops) - 1)
+                recorded(local, np.int64(COLD), len(local.runs.ops) - 1)
                 local.counters[RECORDED] = True
         return evaluate(local, local.counters[SPREAD] > 0) if version else INF
 
     @compiled
-    def scheduled(local, limit):
+    def _scheduled(local, limit):
         """Return J of the changed plan by running it as far as the limit allows."""
         a, runs, moved = local.arrays, local.runs, local.moved
         latency_ms = local.spread_ms if local.counters[SPREAD] else a.latency_ms
@@ -257,13 +261,13 @@ def _entries(version):  # type: ignore[no-untyped-def]
         if local.mode[0] == RANKED:
             rank(runs.rules, runs.ops, a.devices, a.tensors, a.edges, a.links, latency_ms, a.order)
         most_ms = _limit_ms(a, local.loads, limit) * MARGIN
-        time = run(a, runs, local.loads.sums, latency_ms, mark, settled, last_place, most_ms, version == 0)
+        time = run(a, runs, local.loads.sums, latency_ms, mark, settled, last_place, most_ms, version < 0)
         for k in range(local.counters[MOVED] - 1, -1, -1):
             _place(local, moved[0, k], moved[2, k])
         return time if time == INF else value(a, local.loads, time)
 
     @compiled
-    def judge(local, limit):
+    def _judge(local, limit):
         """Return J of the changed plan, for which plan and sums stand; inf where it may be more than the limit."""
         a, loads = local.arrays, local.loads
         if loads.faults[0, CANNOT] + loads.faults[0, APART] + loads.faults[0, MISSING_LINKS] > 0:
@@ -287,7 +291,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
         return evaluate(local, spread) if version else INF
 
     @compiled
-    def trial(local, ops, devices, count, limit):
+    def _trial(local, ops, devices, count, limit):
         """Return what the current plan would cost with some ops on other devices; it stays as it is.
 
         Args:
@@ -316,7 +320,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
         return INF if objective > limit else objective
 
     @compiled
-    def keep(local):
+    def _keep(local):
         """Make the plan of the last trial, which returned a finite J, the current one."""
         arrays, loads, moved = local.arrays, local.loads, local.moved
         latency_ms = local.spread_ms if local.counters[SPREAD] else arrays.latency_ms
@@ -327,7 +331,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
         local.counters[KEPT] += 1 if version else 0
         switched = _is_spread(local) != (local.counters[SPREAD] > 0)
         if switched or local.counters[KEPT] >= KEEPS_BY_COUNT or busiest < LEAST_SHARE * local.largest_ms[0]:
-            count(local)
+            count_sums(local)
         if local.mode[0] == AHEAD or local.mode[0] == RANKED:
             mark, last_place = COLD, len(local.runs.ops) - 1
             if local.counters[RECORDED] and not switched:
@@ -340,7 +344,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
                 local.counters[RECORDED] = True
         local.counters[MOVED] = 0
 
-    return begin, trial, keep
+    return _evaluate, _recorded, _count_sums, _begin, _scheduled, _judge, _trial, _keep
 
 
-begin, trial, keep = _entries(local_version())
+evaluate, recorded, count_sums, begin, scheduled, judge, trial, keep = _entries(local_version())
