@@ -15,10 +15,16 @@ from numpy.typing import NDArray
 from sb3_contrib.common.maskable.distributions import MaskableDistribution
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
 
 from autoplace.policy.network import PolicyConfig, PolicyNetwork
 
 __all__ = ["PlacementActorCritic"]
+
+ABSENT = -1e8
+"""Score of devices that are masked or that do not exist: its exponential is 0, and products with it are finite."""
+SMALLEST_GROUP = 128
+"""States for which a pass of their own through the network is worth its calls."""
 
 
 class PlacementActorCritic(MaskableActorCriticPolicy):
@@ -59,32 +65,78 @@ class PlacementActorCritic(MaskableActorCriticPolicy):
         self, obs: torch.Tensor, deterministic: bool = False, action_masks: np.ndarray | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return actions int64[B], values float32[B, 1] and log probabilities float32[B]."""
-        scores, values = self.network(obs)
-        distribution = self._masked(scores, action_masks)
-        actions = distribution.get_actions(deterministic=deterministic)
-        return actions, values.unsqueeze(-1), distribution.log_prob(actions)
+        scores, values = self._scores_and_values(obs)
+        log_probs = _masked(scores, action_masks).log_softmax(dim=-1)
+        # A race of exponential clocks draws from the softmax, as torch.multinomial does.
+        race = log_probs if deterministic else log_probs.exp() / torch.empty_like(log_probs).exponential_()
+        actions = race.argmax(dim=-1)
+        return actions, values.unsqueeze(-1), log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
     def evaluate_actions(
         self, obs: torch.Tensor, actions: torch.Tensor, action_masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return values float32[B, 1], log probabilities float32[B] and entropies float32[B] of given actions."""
-        scores, values = self.network(obs)
-        distribution = self._masked(scores, action_masks)
-        return values.unsqueeze(-1), distribution.log_prob(actions), distribution.entropy()
+        scores, values = self._scores_and_values(obs)
+        log_probs = _masked(scores, action_masks).log_softmax(dim=-1)
+        # A device that is masked has probability 0, and 0 times its log is 0, for that is finite.
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return values.unsqueeze(-1), log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 
     def get_distribution(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> MaskableDistribution:
         """Return the masked distribution over devices."""
         assert isinstance(obs, torch.Tensor)
-        embeddings, pooled = self.network.embed(obs)
-        return self._masked(self.network.scores(embeddings, pooled), action_masks)
+        distribution: MaskableDistribution = self.action_dist.proba_distribution(
+            action_logits=self._scores_and_values(obs)[0]
+        )
+        if action_masks is not None:
+            distribution.apply_masking(action_masks)
+        return distribution
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """Return the values of states, float32[B, 1]."""
         assert isinstance(obs, torch.Tensor)
-        return self.network.value(self.network.embed(obs)[1]).unsqueeze(-1)
+        return self._scores_and_values(obs)[1].unsqueeze(-1)
 
-    def _masked(self, scores: torch.Tensor, action_masks: Any) -> MaskableDistribution:
-        distribution = self.action_dist.proba_distribution(action_logits=scores)
-        if action_masks is not None:
-            distribution.apply_masking(action_masks)
-        return distribution
+    def _scores_and_values(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores, float32[B, D], and values, float32[B], without computing the rows of most of the padding.
+
+        States go through the network in groups of similar numbers of devices. Absent devices score `ABSENT`.
+        """
+        present = (obs[..., 0] > 0.5).sum(dim=-1).clamp(min=1)
+        ordered, order = present.sort(stable=True)
+        scores, values, first = [], [], 0
+        while first < len(obs):
+            last = _group_end(ordered, first)
+            width = int(ordered[last - 1])
+            # No copy where one group holds all: while steps are collected, groups are not worth their calls.
+            part = obs if last - first == len(obs) else obs.index_select(0, order[first:last])
+            some, valued = self.network(part[:, :width])
+            scores.append(nn.functional.pad(some, (0, obs.shape[1] - width), value=ABSENT))
+            values.append(valued)
+            first = last
+        if len(scores) == 1:
+            return scores[0], values[0]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return torch.cat(scores)[back], torch.cat(values)[back]
+
+
+def _masked(scores: torch.Tensor, masks: np.ndarray | torch.Tensor | None) -> torch.Tensor:
+    """Return scores, float32[B, D], with those of masked devices at `ABSENT`."""
+    if masks is None:
+        return scores
+    return scores.masked_fill(~torch.as_tensor(masks, dtype=torch.bool), ABSENT)
+
+
+def _group_end(ordered: torch.Tensor, first: int) -> int:
+    """Return where the group ends that begins at `first` of ascending numbers of devices, int64[B].
+
+    A group's largest number is at most a third above its least, and a group has `SMALLEST_GROUP` states or more; the
+    last takes what is left.
+    """
+    widest = max(int(ordered[first]) + 1, int(ordered[first]) * 4 // 3)
+    last = int(torch.searchsorted(ordered, widest, right=True))
+    last = max(last, first + SMALLEST_GROUP)
+    if last < len(ordered):
+        last = int(torch.searchsorted(ordered, int(ordered[last - 1]), right=True))
+    return len(ordered) if len(ordered) - last < SMALLEST_GROUP else last

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
@@ -75,6 +76,7 @@ class PpoTrainer:
         cache: Evaluators and references; None = simulated.
         report: Called after every update with metrics.
         on_episode: Called with the last info of every episode.
+        hard_masks: See `PlacementEnv`; None = what the network's configuration says, else hard masks.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class PpoTrainer:
         cache: ProblemCache | None = None,
         report: Callable[[dict[str, float]], None] | None = None,
         on_episode: Callable[[dict[str, Any]], None] | None = None,
+        hard_masks: bool | None = None,
     ) -> None:
         self.network = network
         self.config = config
@@ -97,7 +100,14 @@ class PpoTrainer:
         self._report = report
         self._on_episode = on_episode
         self._envs = PlacementVecEnv(
-            PlacementVectorEnv(problems, config.envs, max_devices=max_devices, cache=cache, copy=False)
+            PlacementVectorEnv(
+                problems,
+                config.envs,
+                max_devices=max_devices,
+                hard_masks=getattr(network.config, "masks", True) if hard_masks is None else hard_masks,
+                cache=cache,
+                copy=False,
+            )
         )
 
     def run_chunk(self, seed: int, *, learning_rate: float | None = None) -> None:
@@ -122,6 +132,7 @@ class PpoTrainer:
             vf_coef=config.value,
             target_kl=config.target_kl,
             policy_kwargs={"config": self.network.config, "tensors": self.network.tensors()},
+            rollout_buffer_class=_Rollout,
             seed=seed,
             device="cpu",
         )
@@ -139,6 +150,14 @@ class PpoTrainer:
     def close(self) -> None:
         """Close the environments."""
         self._envs.close()
+
+
+class _Rollout(MaskableRolloutBuffer):
+    """stable-baselines3's buffer, without its second copy of every minibatch."""
+
+    def to_torch(self, array: np.ndarray, copy: bool = True) -> torch.Tensor:
+        """Return a tensor over the array, which indexing has copied already."""
+        return torch.from_numpy(array)
 
 
 class _Watch(BaseCallback):
@@ -160,12 +179,12 @@ class _Watch(BaseCallback):
             parameter.requires_grad_(not warming)
 
     def _on_step(self) -> bool:
-        for done, info in zip(self.locals["dones"], self.locals["infos"], strict=True):
-            if done:
-                self._rewards.append(info["log_ratio"])
-                self._infeasible += not info["feasible"]
-                if self._trainer._on_episode is not None:
-                    self._trainer._on_episode(info)
+        for index in np.flatnonzero(self.locals["dones"]):
+            info = self.locals["infos"][index]
+            self._rewards.append(info["log_ratio"])
+            self._infeasible += not info["feasible"]
+            if self._trainer._on_episode is not None:
+                self._trainer._on_episode(info)
         return True
 
     def _on_rollout_end(self) -> None:
