@@ -1,6 +1,6 @@
-"""Coarsening: a problem with fewer, larger ops, whose placements are placements of the whole problem.
+"""Clustering: groups of ops, joined step by step so that the graph of groups never has a cycle.
 
-Groups are joined step by step, so that the graph of groups never has a cycle, by one rule at a time:
+One rule at a time:
 
 1. a group joins its only consumer. However many do so at once, no cycle closes: what leaves a joined group leaves it
    through the last of them;
@@ -9,36 +9,32 @@ Groups are joined step by step, so that the graph of groups never has a cycle, b
    every edge still leads to a greater depth;
 4. neighbours in a topological order join: edges between intervals of it lead forward.
 
-Rules 1 and 2 take chains first, then the heaviest tensors, with a limit of size that doubles whenever they stall; 3
-follows where they gain little, and 4 ends it. Rules 1 and 2 together at once could close a cycle; alone they cannot.
+Rules 1 and 2 together at once could close a cycle; alone they cannot. Where the goal is latency, joining ops that could
+run at once costs time: the smaller one's, less the transfer that running elsewhere would take. Joins that lose nothing
+come first, the heaviest tensors first among them, with a limit of size that doubles whenever they stall; then those
+that lose little, then more, rule 3 among them; and rule 4 where that is not enough.
+
 The idea of contracting by such conditions is that of acyclic partitioners: J. Herrmann et al., "Multilevel algorithms
 for acyclic partitioning of directed acyclic graphs", SIAM J. Scientific Computing 41(4), 2019.
 
 Ops that share a device stay groups of their own, as a backward op runs long after its forward op: joining two groups
-joins the clusters of groups that have to share a device, and coarse ops of one cluster carry one co-location id. Ops of
-kind `barrier` stay alone.
-
-What is exact: the load of every device, memory held to the end, and, where all links are equal, the loads of links.
-What is not: a coarse op waits for all its inputs and delivers its outputs at its end.
+joins the clusters of groups that have to share a device. Ops of kind `barrier` stay alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoplace.errors import InputError
-from autoplace.graph.opgraph import OpGraph
-from autoplace.problem import Problem
 from autoplace.strategies._support import View
 
 if TYPE_CHECKING:
     from autoplace.strategies._cluster_kernels import Groups
 
-__all__ = ["coarse_problem", "project", "restrict"]
+__all__ = ["Clustering", "mean_link"]
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Groups to join, int64[P] each."""
@@ -55,51 +51,8 @@ _LAST_TRIES = 10
 """Passes of rule 4, each with a limit half as large again."""
 
 
-def coarse_problem(problem: Problem, max_groups: int) -> tuple[Problem, NDArray[np.int32]]:
-    """Join ops into groups.
-
-    Args:
-        problem: What to coarsen.
-        max_groups: Groups wanted at most. Memory, devices that ops cannot run on and co-location may leave more.
-
-    Returns:
-        The coarse problem, one op a group, with summed latencies and memory; and the group of every op, int32[N].
-
-    Raises:
-        InputError: If `max_groups` is less than 1.
-    """
-    if max_groups < 1:
-        raise InputError(f"{max_groups} groups cannot hold any op; ask for 1 or more")
-    view = View.of(problem)
-    clustering = _Clustering.start(view, max_groups)
-    clustering.contract(max_groups)
-    group_of_op, colocate = clustering.result()
-    return _contracted(view, group_of_op, colocate), group_of_op
-
-
-def project(group_of_op: NDArray[np.int32], coarse_assignment: NDArray[np.integer]) -> NDArray[np.int32]:
-    """Return the device of every op, int32[N], from the device of every group, int[G]."""
-    return np.asarray(coarse_assignment, np.int32)[group_of_op]
-
-
-def restrict(
-    problem: Problem, coarse: Problem, group_of_op: NDArray[np.int32], assignment: NDArray[np.integer]
-) -> NDArray[np.int32]:
-    """Return the device of every group, int32[G], on which an assignment has most of its latency.
-
-    Groups that share a device choose together, among the devices that can run them all.
-    """
-    latency = problem.latency_ms[np.arange(problem.num_ops), assignment] + 1e-12
-    key = coarse.graph.colocate.astype(np.int64)
-    _, cluster = np.unique(np.where(key >= 0, key, key.max(initial=-1) + 1 + np.arange(len(key))), return_inverse=True)
-    count, devices = int(cluster.max()) + 1, problem.num_devices
-    cell = cluster[group_of_op].astype(np.int64) * devices + assignment
-    share = np.bincount(cell, weights=latency, minlength=count * devices).reshape(count, devices)[cluster]
-    return np.where(coarse.can_run, share, -1.0).argmax(axis=1).astype(np.int32)
-
-
 @dataclass(eq=False)
-class _Clustering:
+class Clustering:
     """Groups and the edges between them, on the way to fewer."""
 
     view: View
@@ -124,7 +77,7 @@ class _Clustering:
     """Whether it matters that ops run at once: the goal is latency."""
 
     @staticmethod
-    def start(view: View, max_groups: int) -> _Clustering:
+    def start(view: View, max_groups: int) -> Clustering:
         """Return every op as a group of its own."""
         from autoplace.strategies._cluster_kernels import Groups
 
@@ -138,8 +91,8 @@ class _Clustering:
         able = np.ones((view.num_classes, problem.num_devices), np.bool_)
         able[view.op_class] = problem.can_run
         edges = problem.graph.edge_list
-        start_ms, ms_per_byte = _mean_link(view)
-        made = _Clustering(
+        start_ms, ms_per_byte = mean_link(view)
+        made = Clustering(
             view=view,
             group_of_op=np.arange(count),
             first_op=place,
@@ -207,22 +160,23 @@ class _Clustering:
     def _only_consumers(self, most_loss: float) -> Pairs:
         """Return pairs of a group and its only consumer; the group then waits for all that the consumer waits for."""
         out, into = self._degrees()
-        chosen = self.edges[out[self.edges[:, 0]] == 1], self.weight[out[self.edges[:, 0]] == 1]
-        return self._ranked(
-            *chosen, np.where(into[chosen[0][:, 1]] > 1, self.groups.size[chosen[0][:, 0]], 0.0), most_loss
-        )
+        only = out[self.edges[:, 0]] == 1
+        pairs = self.edges[only]
+        alone_ms = np.where(into[pairs[:, 1]] > 1, self.groups.size[pairs[:, 0]], 0.0)
+        return self._ranked(pairs, self.weight[only], alone_ms, most_loss)
 
     def _only_producers(self, most_loss: float) -> Pairs:
         """Return pairs of a group and its only producer; the producer's other consumers then wait for the group."""
         out, into = self._degrees()
-        chosen = self.edges[into[self.edges[:, 1]] == 1], self.weight[into[self.edges[:, 1]] == 1]
-        return self._ranked(
-            *chosen, np.where(out[chosen[0][:, 0]] > 1, self.groups.size[chosen[0][:, 1]], 0.0), most_loss
-        )
+        only = into[self.edges[:, 1]] == 1
+        pairs = self.edges[only]
+        alone_ms = np.where(out[pairs[:, 0]] > 1, self.groups.size[pairs[:, 1]], 0.0)
+        return self._ranked(pairs, self.weight[only], alone_ms, most_loss)
 
     def _degrees(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the number of consumers and of producers of every group."""
-        return tuple(np.bincount(self.edges[:, side], minlength=self.count) for side in (0, 1))  # type: ignore[return-value]
+        out, into = (np.bincount(self.edges[:, side], minlength=self.count) for side in (0, 1))
+        return out, into
 
     def _ranked(
         self, pairs: NDArray[np.int64], weight: NDArray[np.float64], alone_ms: NDArray[np.float64], most_loss: float
@@ -316,77 +270,7 @@ class _Clustering:
         self.edges = np.stack([unique // self.count, unique % self.count], axis=1)
 
 
-def _contracted(view: View, group: NDArray[np.int32], colocate: NDArray[np.int32]) -> Problem:
-    """Return the problem whose ops are groups."""
-    problem, graph, count = view.problem, view.problem.graph, len(colocate)
-
-    def total(values: NDArray) -> NDArray[np.float64]:
-        return np.bincount(group, weights=values, minlength=count)
-
-    latency = np.stack([total(column) for column in problem.latency_ms.T], axis=1)
-    extra = problem.dispatch_ms * np.bincount(group, minlength=count)[:, None]
-    overhead = problem.overhead_ms
-    if overhead is not None:
-        known = np.where(np.isfinite(problem.latency_ms), np.minimum(overhead, problem.latency_ms), 0.0)
-        overhead = np.stack([total(column) for column in known.T], axis=1) + extra
-    elif problem.dispatch_ms > 0:
-        overhead = np.broadcast_to(extra, latency.shape).copy()
-    sizes, first = np.bincount(group, minlength=count), np.full(count, -1)
-    backwards = graph.topological_order[::-1]
-    first[group[backwards]] = backwards  # the last one written, the first op of the order, stays
-    return replace(
-        problem,
-        graph=OpGraph.build(
-            names=[
-                graph.names[i] if n == 1 else f"{graph.names[i]} +{n - 1}" for i, n in zip(first, sizes, strict=True)
-            ],
-            kinds=[graph.kinds[i] if n == 1 else "group" for i, n in zip(first, sizes, strict=True)],
-            edges=_tensors(view, group),
-            flops=total(graph.flops),
-            bytes_moved=total(graph.bytes_moved),
-            weight_bytes=total(graph.weight_bytes).astype(np.int64),
-            activation_bytes=total(graph.activation_bytes).astype(np.int64),
-            frees=total(~graph.frees) == 0,
-            colocate=colocate,
-        ),
-        latency_ms=latency + extra,
-        overhead_ms=overhead,
-        dispatch_ms=0.0,
-        part=None,
-    )
-
-
-def _tensors(view: View, group: NDArray[np.int32]) -> list[tuple[int, list[int], float]]:
-    """Return one tensor for all that leave a group for the same groups.
-
-    Its bytes are theirs together, and for every tensor beyond the first those that the mean link could carry in its
-    latency, so that one transfer takes as long as all of them on a link that carries one at a time. Where links carry
-    any number at once, the largest is what counts.
-    """
-    graph = view.problem.graph
-    at_once = view.problem.semantics.contention == "none" and view.problem.semantics.transfers == "overlapped"
-    producer = group[graph.tensor_producer]
-    edges = graph.edge_list
-    consumer, tensor = group[edges[:, 1]].astype(np.int64), edges[:, 2].astype(np.int64)
-    leaves = consumer != producer[tensor]
-    keys = np.unique(tensor[leaves] * (len(group) + 1) + consumer[leaves])
-    tensor, consumer = keys // (len(group) + 1), keys % (len(group) + 1)
-    used, begin = np.unique(tensor, return_index=True)
-    end = np.append(begin[1:], len(tensor))[: len(begin)]
-    start_ms, ms_per_byte = _mean_link(view)
-    start = start_ms / ms_per_byte if ms_per_byte > 0 else 0.0
-    merged: dict[tuple[int, bytes], list[float]] = {}
-    for source, size, low, high in zip(
-        producer[used].tolist(), graph.tensor_bytes[used].tolist(), begin.tolist(), end.tolist(), strict=True
-    ):
-        merged.setdefault((source, consumer[low:high].tobytes()), []).append(size)
-    return [
-        (source, np.frombuffer(targets, np.int64).tolist(), max(s) if at_once else sum(s) + (len(s) - 1) * start)
-        for (source, targets), s in merged.items()
-    ]
-
-
-def _mean_link(view: View) -> tuple[float, float]:
+def mean_link(view: View) -> tuple[float, float]:
     """Return latency, ms, and ms per byte of the mean link; zeros where no pair can talk."""
     latency, per_byte = view.transfer
     pairs = np.isfinite(latency) & ~np.eye(len(latency), dtype=bool)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoplace.problem import Problem
-from autoplace.strategies._cluster import coarse_problem, project, restrict
+from autoplace.strategies._coarse import coarse_problem, project, restrict
 from autoplace.strategies._search import Constructive, Found, Placer, Scorer
 from autoplace.strategies.annealing import AnnealingStrategy
 from autoplace.strategies.chunks import ChunksStrategy
