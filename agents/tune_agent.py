@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TrialRow", "TuneAgentConfig", "TuneAgentResult", "tune_agent"]
 
+P_CONFIRM = 0.05
+"""One-sided p value of the signed-rank test below which the last look counts as a win."""
 STARTUP = 8
 """Trials drawn evenly before TPE has enough to learn from."""
 SALT_VALIDATION, SALT_CONFIRMATION = 2_000_003, 3_000_017
@@ -122,7 +124,7 @@ class TuneAgentResult:
     path: Path
     """The file `best.json`."""
     ppo: PpoConfig
-    """What it holds: the tuned hyperparameters where they did better in the last look, else the first trial's."""
+    """What it holds: the tuned hyperparameters where they won the last look beyond chance, else the first trial's."""
     tuned: bool
     """Whether these are the tuned ones."""
     trials: tuple[TrialRow, ...]
@@ -252,7 +254,7 @@ class _Search:
         tuned, confirmation = best.number != first.number, None
         if tuned and config.confirmations:
             confirmation = self._confirm(best, first)
-            tuned = confirmation["gain"] > 1.0
+            tuned = confirmation["gain"] > 1.0 and confirmation["p"] < P_CONFIRM
         rows = tuple(_row(t, config.base) for t in self.study.get_trials(deepcopy=False))
         rows = tuple(sorted(rows, key=lambda row: (row.value is None, -(row.value or 0.0), row.number)))
         path = config.output / "best.json"

@@ -125,9 +125,7 @@ def _show(console: Console, result: TuneAgentResult) -> None:
 
     best = [row for row in result.trials if row.value is not None][:BEST]
     table = Table("trial", *(str(row.number) for row in best), title="The best trials, the best first")
-    table.add_row(
-        "J policy / J heuristics", *(f"{math.exp(-(row.value or 0.0)):.4f}" for row in best), end_section=True
-    )
+    table.add_row("J / J heuristics", *(f"{math.exp(-(row.value or 0.0)):.4f}" for row in best), end_section=True)
     for name in SEARCHED:
         table.add_row(name, *(_short(getattr(row.ppo, name)) for row in best))
     table.add_row("seconds", *(f"{row.seconds:.0f}" for row in best))
@@ -138,7 +136,11 @@ def _show(console: Console, result: TuneAgentResult) -> None:
         console.print(f"In the search the best trial {_gain(result.search)}; that it was chosen there flatters it.")
     if result.confirmation is not None:
         console.print(f"With other seeds on other problems it {_gain(result.confirmation)}.")
-    kept = "the tuned hyperparameters" if result.tuned else "those of the first trial, which nothing has beaten"
+    kept = (
+        "the tuned hyperparameters"
+        if result.tuned
+        else "those of the first trial, which nothing has beaten beyond chance"
+    )
     console.print(f"{result.path} holds {kept}.", soft_wrap=True, highlight=False)
 
 

@@ -128,6 +128,16 @@ def test_an_interrupted_study_goes_on_as_if_it_had_not_been(small, synthetic, mo
     assert ended == [entry[1:] for entry in drawn(whole)] and resumed.confirmation == whole.confirmation
 
 
+def test_what_wins_again_is_kept(small, monkeypatch):
+    def run(self, ppo, key, *, check=None, report=None):
+        return [0.01 * i * (ppo != BASE) for i in range(len(self))]
+
+    monkeypatch.setattr(ShortRuns, "run", run)
+    result = tune_agent(small(trials=2))
+    assert result.tuned and result.ppo != BASE and result.ppo == load_ppo(result.path)
+    assert result.confirmation["p"] < 0.05 and result.confirmation["seeds"] == 1
+
+
 def test_what_does_not_win_again_is_not_kept(small, monkeypatch):
     def run(self, ppo, key, *, check=None, report=None):
         lucky = key[1] == 1 and ppo != BASE
