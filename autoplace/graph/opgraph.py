@@ -61,12 +61,12 @@ class OpGraph:
         edges: Sequence[tuple[int, Sequence[int], float]],
         kinds: Sequence[str] | None = None,
         modules: Sequence[str] | None = None,
-        flops: Sequence[float] | None = None,
-        bytes_moved: Sequence[float] | None = None,
-        weight_bytes: Sequence[int] | None = None,
-        activation_bytes: Sequence[int] | None = None,
-        frees: Sequence[bool] | None = None,
-        colocate: Sequence[int] | None = None,
+        flops: Sequence[float] | NDArray | None = None,
+        bytes_moved: Sequence[float] | NDArray | None = None,
+        weight_bytes: Sequence[int] | NDArray | None = None,
+        activation_bytes: Sequence[int] | NDArray | None = None,
+        frees: Sequence[bool] | NDArray | None = None,
+        colocate: Sequence[int] | NDArray | None = None,
     ) -> OpGraph:
         """Build a graph from plain sequences; what is left out is zero.
 
@@ -191,7 +191,7 @@ def _consumers(rows: list[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np
     return offsets, consumer[fresh].astype(np.int32)
 
 
-def _array(values: Sequence[float] | None, count: int, dtype: type) -> NDArray:
+def _array(values: Sequence[float] | NDArray | None, count: int, dtype: type) -> NDArray:
     array: NDArray = np.zeros(count, dtype) if values is None else np.asarray(values, dtype)
     if array.shape != (count,):
         raise AutoplaceError(f"expected {count} values, one per op, and got {array.shape}")

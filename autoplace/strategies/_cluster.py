@@ -104,7 +104,7 @@ class Clustering:
                 fixed=np.asarray([kind == "barrier" for kind in problem.graph.kinds], np.bool_),
                 cluster=view.op_class.copy(),
                 cluster_parent=np.arange(view.num_classes, dtype=np.int32),
-                cluster_size=np.bincount(view.op_class, weights=size, minlength=view.num_classes),
+                cluster_size=np.bincount(view.op_class, weights=size, minlength=view.num_classes).astype(np.float64),
                 cluster_bytes=view.class_bytes.copy(),
                 able=able,
                 capacity=view.capacity * _CROWD,
@@ -266,7 +266,7 @@ class Clustering:
         between = self.edges[:, 0] != self.edges[:, 1]
         keys = self.edges[between, 0] * self.count + self.edges[between, 1]
         unique, inverse = np.unique(keys, return_inverse=True)
-        self.weight = np.bincount(inverse, weights=self.weight[between], minlength=len(unique))
+        self.weight = np.bincount(inverse, weights=self.weight[between], minlength=len(unique)).astype(np.float64)
         self.edges = np.stack([unique // self.count, unique % self.count], axis=1)
 
 

@@ -71,7 +71,7 @@ def _contracted(view: View, group: NDArray[np.int32], colocate: NDArray[np.int32
     problem, graph, count = view.problem, view.problem.graph, len(colocate)
 
     def total(values: NDArray) -> NDArray[np.float64]:
-        return np.bincount(group, weights=values, minlength=count)
+        return np.bincount(group, weights=values, minlength=count).astype(np.float64)
 
     latency = np.stack([total(column) for column in problem.latency_ms.T], axis=1)
     extra = problem.dispatch_ms * np.bincount(group, minlength=count)[:, None]
