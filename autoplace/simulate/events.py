@@ -241,9 +241,9 @@ def _next_moment(rules, devices, queue, legs, now):
 @inline
 def simulate(
     rules, ops, devices, tensors, links, latency_ms, order, sources, outputs, inputs, consumers, edges, queue, urgent,
-    legs, waits, log,
+    legs, waits, log, frees,
 ):  # fmt: skip
-    """Run one pass; return its makespan, ms."""
+    """Run one pass, with what memory holds at each moment where `frees` asks for it; return its makespan, ms."""
     clear(devices, links)
     rules[0].finished = rules[0].waiting = rules[0].lines = 0
     if rules[0].ranked and not rules[0].by_part:
@@ -251,7 +251,7 @@ def simulate(
     for k in range(len(sources)):
         ops[sources[k]].missing = 1
         foresee(ops, devices, queue, sources[k], 0.0)
-    if not (rules[0].blocking or rules[0].any_frees or (rules[0].host and rules[0].contended)):
+    if not (rules[0].blocking or frees or (rules[0].host and rules[0].contended)):
         return simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue, urgent, log)
     if rules[0].any_frees:
         for d in range(len(devices)):

@@ -108,6 +108,14 @@ def _fits(devices):
 
 
 @inline
+def _weights_fit(devices):
+    fits = True
+    for d in range(len(devices)):
+        fits = fits and devices[d].held_bytes <= devices[d].memory_bytes
+    return fits
+
+
+@inline
 def _prepare(rules, ops, devices, tensors, links, can_run, colocate_first, consumers, plan):
     """Spread a plan over the ops, hold weights and activations; return whether it can be simulated."""
     for i in range(len(plan)):
@@ -167,10 +175,13 @@ def _entry(version):  # type: ignore[no-untyped-def]
             if status[p] != FEASIBLE:
                 continue
             tight = rules[0].any_frees and (full or not _fits(devices))
+            if tight and not full and not _weights_fit(devices):
+                status[p] = MEMORY
+                continue
             if full or tight or not rules[0].throughput:
                 figures[1, p] = figures[2, p] = simulate(
                     rules, ops, devices, tensors, links, latency_ms, order, sources, outputs, inputs, consumers, edges,
-                    queue, urgent, legs, waits, log,
+                    queue, urgent, legs, waits, log, tight,
                 )  # fmt: skip
                 if tight and not _fits(devices):
                     status[p] = MEMORY

@@ -29,13 +29,14 @@ __all__ = [
     "shift",
     "unshift",
     "value",
+    "weights_fit",
 ]  # fmt: skip
 
 CANNOT, APART, MISSING_LINKS, FAULTS = 0, 1, 2, 3
 """Ops on devices that cannot run them; ops away from the first of their group; transfers without a link."""
 
-SUMS = np.dtype([("ops", "i8"), ("busy_ms", "f8"), ("held_bytes", "f8")], align=True)
-"""Of a device: unsplit ops, load, and bytes when nothing is freed."""
+SUMS = np.dtype([("ops", "i8"), ("busy_ms", "f8"), ("weight_bytes", "f8"), ("held_bytes", "f8")], align=True)
+"""Of a device: unsplit ops, load, bytes of weights, and all bytes when nothing is freed."""
 
 
 class Loads(NamedTuple):
@@ -143,6 +144,7 @@ def _hold(arrays, loads, latency_ms, op, d, sign):
     """Add a split op to, or take it off, the sums of a device."""
     if latency_ms[op, d] < INF:
         loads.sums[0, d].busy_ms += sign * latency_ms[op, d]
+    loads.sums[0, d].weight_bytes += sign * arrays.ops[op].weight_bytes
     loads.sums[0, d].held_bytes += sign * (arrays.ops[op].weight_bytes + arrays.ops[op].activation_bytes)
 
 
@@ -201,6 +203,7 @@ def _copy_row(loads, source, target):
     for d in range(devices):
         loads.sums[target, d].ops = loads.sums[source, d].ops
         loads.sums[target, d].busy_ms = loads.sums[source, d].busy_ms
+        loads.sums[target, d].weight_bytes = loads.sums[source, d].weight_bytes
         loads.sums[target, d].held_bytes = loads.sums[source, d].held_bytes
     for s in range(devices + 1):
         for d in range(devices + 1):
@@ -227,7 +230,7 @@ def recount(arrays, loads, latency_ms, plan):
     host = len(arrays.devices)
     for d in range(host):
         loads.sums[0, d].ops = 0
-        loads.sums[0, d].busy_ms = loads.sums[0, d].held_bytes = 0.0
+        loads.sums[0, d].busy_ms = loads.sums[0, d].weight_bytes = loads.sums[0, d].held_bytes = 0.0
     for s in range(host + 1):
         for d in range(host + 1):
             loads.links_ms[0, s, d] = 0.0
@@ -271,6 +274,15 @@ def fits(arrays, loads):
 
 
 @inline
+def weights_fit(arrays, loads):
+    """Return whether every device holds its weights."""
+    fit = True
+    for d in range(len(arrays.devices)):
+        fit = fit and loads.sums[0, d].weight_bytes <= arrays.devices[d].memory_bytes
+    return fit
+
+
+@inline
 def value(arrays, loads, time_ms):
     """Return J of a makespan or steady-state time."""
     weight = arrays.rules[0].energy_weight
@@ -280,4 +292,4 @@ def value(arrays, loads, time_ms):
     for d in range(len(arrays.devices)):
         idle += arrays.devices[d].idle_watts
         busy += arrays.devices[d].extra_watts * loads.sums[0, d].busy_ms
-    return time_ms ** (1.0 - weight) * ((idle * time_ms + busy) / 1000.0) ** weight
+    return time_ms ** (1.0 - weight) * (max(0.0, idle * time_ms + busy) / 1000.0) ** weight

@@ -40,6 +40,7 @@ from autoplace.simulate.loads import (
     shift,
     unshift,
     value,
+    weights_fit,
 )
 from autoplace.simulate.primitives import INF, compiled, inline, rank, sources_version
 from autoplace.simulate.restart import COLD, Runs, build_runs, fill_least, fill_paths, mark_before, run
@@ -100,7 +101,7 @@ def _mode(arrays: Arrays) -> int:
     rules = arrays.rules[0]
     if rules["throughput"]:
         return BY_LOADS
-    if rules["blocking"] or rules["any_frees"] or (rules["host"] and rules["contended"]):
+    if rules["blocking"] or (rules["host"] and rules["contended"]):
         return WHOLE
     return RANKED if rules["ranked"] and not rules["by_part"] else AHEAD
 
@@ -273,7 +274,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
         if loads.faults[0, CANNOT] + loads.faults[0, APART] + loads.faults[0, MISSING_LINKS] > 0:
             return INF
         fit = fits(a, loads)
-        if not fit and not a.rules[0].any_frees:
+        if not fit and not (a.rules[0].any_frees and weights_fit(a, loads)):
             return INF
         spread = _is_spread(local)
         if spread != (local.counters[SPREAD] > 0):
@@ -286,7 +287,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
             return INF
         if local.mode[0] == BY_LOADS and fit:
             return least
-        if local.mode[0] == AHEAD or local.mode[0] == RANKED:
+        if fit and (local.mode[0] == AHEAD or local.mode[0] == RANKED):
             return scheduled(local, limit)
         return evaluate(local, spread) if version else INF
 

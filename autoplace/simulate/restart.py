@@ -6,7 +6,9 @@ begins at the last mark before. It ends
 
 - once no schedule of the changed plan can meet the limit: an op's finish and the longest path after it, or the load
   that its device still has, exceed it;
-- where its state is the one that the recorded run had at a mark after the moved ops: the rest is then the same.
+- where its state is the one that the recorded run had at a mark after the moved ops: the rest is then the same. If all
+  moments are shifted by one amount, so is the end, which may then be beyond the limit. Moments are compared up to
+  rounding there: where rounding decides a tie differently later on, the move is refused although it might be usable.
 
 With `queue: priority` a move changes the order of what comes before it, so nothing is recorded and every run is whole.
 """
@@ -30,14 +32,18 @@ COLD = -1
 EPOCH, MARKS, POOL, OPEN, COUNTERS = 0, 1, 2, 3, 4
 """Number of the run; marks set; entries used in `pool`; ops that have some of their inputs, while recording."""
 
-MARKS_BY_RUN, STEPS_BY_MARK, POOL_BY_OP = 256, 8, 8
+MARKS_BY_RUN, STEPS_BY_MARK, POOL_BY_OP = 1024, 8, 8
 """At most so many marks a run, at least so many ops from mark to mark, so many entries an op to keep the marks in."""
 
+LONG_QUEUE = 16
+"""Longer ones are compared by their moments alone, shorter ones by their order as well."""
+
 MARK = np.dtype(
-    [("steps", "i4"), ("first", "i4"), ("last", "i4"), ("makespan_ms", "f8"), ("span_ms", "f8"), ("later_ms", "f8")],
+    [("steps", "i4"), ("first", "i4"), ("last", "i4"), ("now_ms", "f8"), ("makespan_ms", "f8"), ("span_ms", "f8"),
+     ("later_ms", "f8")],
     align=True,
-)
-"""Ops started before; range in `pool`; last finish before, from here to the next mark, and from here on."""
+)  # fmt: skip
+"""Ops started before; range in `pool`; the round's moment; last finish before, from here to the next mark, and on."""
 
 MARK_DEVICE = np.dtype(
     [("queue_size", "i4"), ("urgent_size", "i4"), ("until_ms", "f8"), ("next_ms", "f8"), ("busy_ms", "f8")], align=True
@@ -211,7 +217,7 @@ def _start_cold(arrays, runs, epoch):
 
 
 @inline
-def _set_mark(runs, steps, makespan_ms):
+def _set_mark(runs, steps, now, makespan_ms):
     """Keep the state at the beginning of a round; return whether there was room for it."""
     mark, at, size = runs.counters[MARKS], runs.counters[POOL], runs.counters[OPEN]
     for d in range(len(runs.devices)):
@@ -219,6 +225,7 @@ def _set_mark(runs, steps, makespan_ms):
     if mark == len(runs.marks) or at + size > len(runs.pool):
         return False
     runs.marks[mark].steps = steps
+    runs.marks[mark].now_ms = now
     runs.marks[mark].makespan_ms = makespan_ms
     runs.marks[mark].first = at
     for d in range(len(runs.devices)):
@@ -289,48 +296,72 @@ def _start_at(runs, mark, epoch):
 
 
 @inline
-def _same_heap(runs, heap, base, size, at):
-    for k in range(size):
-        if heap[base + k].item != runs.pool[at + k].item or heap[base + k].key != runs.pool[at + k].key:
+def _alike(found, wanted, shift, slack, now):
+    """Return whether a moment is that of the recorded run, shifted, or lies in the past of both."""
+    if found < now and wanted < now - shift:
+        return True
+    return found == wanted or abs(found - wanted - shift) <= slack
+
+
+@inline
+def _same_queue(runs, d, at, shift, slack, now):
+    """Return whether a queue holds the recorded ops, to be taken in the same order."""
+    base, size = runs.devices[d].queue_base, runs.devices[d].queue_size
+    for i in range(size):
+        key, wanted = runs.queue[base + i].key, runs.pool[at + i].key
+        if runs.queue[base + i].item != runs.pool[at + i].item or not _alike(key, wanted, shift, slack, now):
             return False
+        if abs(key - wanted - shift) <= slack:
+            continue
+        if size > LONG_QUEUE:
+            return False
+        for j in range(size):  # an old one: it keeps its place among the others
+            if (key < runs.queue[base + j].key) != (wanted < runs.pool[at + j].key):
+                return False
+            if (key > runs.queue[base + j].key) != (wanted > runs.pool[at + j].key):
+                return False
     return True
 
 
 @inline
-def _same_as(runs, mark, epoch, now):
-    """Return whether the rest of the run is that of the recorded one from a mark on.
+def _shift_since(runs, mark, epoch, now):
+    """Return by how much later than the recorded run, from a mark on, the rest of this one is, ms; inf if it differs.
 
-    Equal queues mean that the same ops have started. What was free before `now` may differ.
+    Equal queues mean that the same ops have started. What lies before `now` in both has no say in what follows. A
+    shift of 0 is exact; another is one up to rounding.
     """
     at = runs.marks[mark].first
+    shift = now - runs.marks[mark].now_ms
+    slack = 0.0 if shift == 0.0 else 1e-12 * now
     for d in range(len(runs.devices)):
         queued, urgent = runs.devices[d].queue_size, runs.devices[d].urgent_size
-        until, wanted = runs.devices[d].until_ms, runs.mark_devices[mark, d].until_ms
-        if runs.devices[d].next_ms != runs.mark_devices[mark, d].next_ms:
-            return False
         if queued != runs.mark_devices[mark, d].queue_size or urgent != runs.mark_devices[mark, d].urgent_size:
-            return False
-        if until != wanted and (until > now or wanted > now):
-            return False
-        if not _same_heap(runs, runs.queue, runs.devices[d].queue_base, queued, at):
-            return False
-        if not _same_heap(runs, runs.urgent, runs.devices[d].queue_base, urgent, at + queued):
-            return False
-        at += queued + urgent
+            return INF
+        if not _alike(runs.devices[d].next_ms, runs.mark_devices[mark, d].next_ms, shift, slack, now):
+            return INF
+        if not _alike(runs.devices[d].until_ms, runs.mark_devices[mark, d].until_ms, shift, slack, now):
+            return INF
+        if not _same_queue(runs, d, at, shift, slack, now):
+            return INF
+        at += queued
+        for k in range(urgent):
+            entry = runs.devices[d].queue_base + k
+            if runs.urgent[entry].item != runs.pool[at].item or runs.urgent[entry].key != runs.pool[at].key:
+                return INF
+            at += 1
     while at < runs.marks[mark].last:
         op = runs.pool[at].item
         if runs.ops[op].epoch != epoch or runs.ops[op].missing != runs.pool[at].missing:
-            return False
-        if runs.ops[op].ready_ms != runs.pool[at].key:
-            return False
+            return INF
+        if not _alike(runs.ops[op].ready_ms, runs.pool[at].key, shift, slack, now):
+            return INF
         at += 1
     if runs.rules[0].contended:
         for s in range(len(runs.links)):
             for d in range(len(runs.links)):
-                free, wanted = runs.links[s, d].free_ms, runs.mark_links_ms[mark, s, d]
-                if free != wanted and (free > now or wanted > now):
-                    return False
-    return True
+                if not _alike(runs.links[s, d].free_ms, runs.mark_links_ms[mark, s, d], shift, slack, now):
+                    return INF
+    return shift
 
 
 @inline
@@ -407,14 +438,18 @@ def _entry(version):  # type: ignore[no-untyped-def]
             if now == INF:
                 return INF
             if record and steps >= next_mark:
-                if _set_mark(runs, steps, makespan):
+                if _set_mark(runs, steps, now, makespan):
                     if runs.counters[MARKS] > 1:
                         runs.marks[runs.counters[MARKS] - 2].span_ms = span
                     span = 0.0
                 next_mark = steps + every
             elif steps >= watched_steps:
-                if steps == watched_steps and _same_as(runs, watched, epoch, now):
-                    return max(makespan, runs.marks[watched].later_ms)
+                if steps == watched_steps:
+                    shift = _shift_since(runs, watched, epoch, now)
+                    if shift == 0.0:
+                        return max(makespan, runs.marks[watched].later_ms)
+                    if shift < INF and runs.marks[watched].later_ms + shift > limit_ms:
+                        return INF
                 while watched < runs.counters[MARKS] and runs.marks[watched].steps <= steps:
                     watched += 1
                 watched_steps = runs.marks[watched].steps if watched < runs.counters[MARKS] else count
