@@ -51,6 +51,11 @@ class Clock:
         self.evaluations += evaluations
 
     @property
+    def limits(self) -> Budget:
+        """What may be spent in all."""
+        return self._budget
+
+    @property
     def seconds(self) -> float:
         """Wall seconds since the start."""
         return time.perf_counter() - self._start

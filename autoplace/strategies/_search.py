@@ -40,6 +40,11 @@ class Scorer:
         self.evaluator = SimulatedEvaluator(problem)
         self._known: dict[bytes, float] = {}
 
+    @property
+    def op_class(self) -> NDArray[np.int32]:
+        """int32[N], class of every op that the evaluator knows."""
+        return self.view.op_class
+
     def score(self, assignments: NDArray[np.int32]) -> NDArray[np.float64]:
         """Return the objective J of int32[P, N] assignments, float64[P]; counts P evaluations."""
         self.clock.spend(len(assignments))

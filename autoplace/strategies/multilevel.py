@@ -187,6 +187,11 @@ class _Grouped(Scorer):
         self._group_of_op = group_of_op
         self._known = {}
 
+    @property
+    def op_class(self) -> NDArray[np.int32]:
+        """int32[N], class of groups that every op of the whole problem is in."""
+        return self.view.op_class[self._group_of_op]
+
     def score(self, assignments: NDArray[np.int32]) -> NDArray[np.float64]:
         """Return the objective J of int32[P, G] assignments of groups, float64[P]; counts P evaluations."""
         self.clock.spend(len(assignments))
