@@ -22,6 +22,7 @@ class Result:
     start: dict = field(default_factory=dict)
     finish: dict = field(default_factory=dict)
     objective: float = math.inf
+    transfers: list = field(default_factory=list)  # (source node, target node, tensor, start, end)
 
 
 class Reference:
@@ -165,6 +166,7 @@ class Reference:
             cost = self.cost(s, d, tensor)
             self.busy[s] += cost
             self.busy[d] += cost
+            self.result.transfers.append((s, d, tensor, now, now + cost))
             self.at(now + cost, self.end_blocking, tensor, s, d)
         for d in self.devices:
             self.start_leg(now, d)
@@ -184,6 +186,8 @@ class Reference:
         self.occupied.add(resource)
         if blocking:
             self.busy[d] += cost
+        ends = (d, HOST) if outward else (HOST, d)
+        self.result.transfers.append((*ends, tensor, now, now + cost))
         self.at(now + cost, self.end_leg, tensor, d, resource, outward)
 
     def start_op(self, now, d):
@@ -237,6 +241,7 @@ class Reference:
         start = max(now, self.link_free[source, target]) if self.semantics.contention == "link" else now
         end = start + self.cost(source, target, tensor)
         self.link_free[source, target] = end
+        self.result.transfers.append((source, target, tensor, start, end))
         return end
 
     def send(self, now, tensor):
@@ -264,7 +269,7 @@ class Reference:
             elif self.semantics.transfers == "blocking" or self.semantics.contention == "link":
                 self.waiting_legs[d].append((now, tensor))
             else:
-                self.at(now + self.cost(HOST, d, tensor), self.supply, tensor, d)
+                self.at(self.reserve(now, HOST, d, tensor), self.supply, tensor, d)
 
     # ---- all figures -----------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from autoplace.graph import OpGraph
 from autoplace.hardware import Cluster, Device, Link
 from autoplace.problem import Objective, Problem, Semantics
 from autoplace.simulate import SimulatedEvaluator
+from autoplace.simulate.expand import expand_equal
 
 MODES = [
     dict(zip(("transfers", "route", "contention", "queue"), values, strict=True))
@@ -216,6 +217,60 @@ def test_the_timeline_fills_every_device_as_long_as_it_is_busy(random_problem, m
             counted = own
         assert sum(s.end_ms - s.start_ms for s in counted) == pytest.approx(busy)
     assert max(s.end_ms for s in found.timeline) == found.latency_ms
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
+def test_the_timeline_is_the_references(reference, random_problem, mode):
+    seen = 0
+    for seed in range(12):
+        problem, plans = random_problem(
+            seed, semantics=Semantics(**mode), objective=Objective(), ops=12, devices=3, pressure=False
+        )
+        wanted, found = (
+            reference.evaluate(problem, plans[1]),
+            SimulatedEvaluator(problem).outcome(plans[1], timeline=True),
+        )
+        names = {i: d.name for i, d in enumerate(problem.cluster.devices)} | {reference.HOST: reference.HOST}
+        spans = [(names[int(plans[1][op])], f"op{op}", start, wanted.finish[op]) for op, start in wanted.start.items()]
+        for source, target, tensor, start, end in wanted.transfers:
+            label = f"op{problem.graph.tensor_producer[tensor]}"
+            spans.append((f"{names[source]} -> {names[target]}", label, start, end))
+            seen += 1
+        assert sorted((s.resource, s.label, s.start_ms, s.end_ms) for s in found.timeline) == sorted(spans)
+    assert seen > 0
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(m.values()))
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    ops=st.integers(1, 8),
+    devices=st.integers(1, 4),
+    microbatches=st.sampled_from([2, 4]),
+    goal=st.sampled_from(["latency", "throughput"]),
+    weight=st.sampled_from([0.0, 0.5]),
+    pressure=st.booleans(),
+)
+def test_microbatches_equal_the_reference(
+    reference, random_problem, mode, seed, ops, devices, microbatches, goal, weight, pressure
+):
+    """Parts are powers of two, so that times stay dyadic and ties exact."""
+    problem, plans = random_problem(
+        seed,
+        semantics=Semantics(**mode, microbatches=microbatches),
+        objective=Objective(goal=goal, energy_weight=weight),
+        ops=ops,
+        devices=devices,
+        pressure=pressure,
+    )
+    evaluator = SimulatedEvaluator(problem)
+    larger, source = expand_equal(problem, microbatches)
+    for plan, score in zip(plans, evaluator.score(plans), strict=True):
+        wanted, found = reference.evaluate(larger, plan[source]), evaluator.outcome(plan)
+        assert found.feasible == wanted.feasible
+        assert found.objective == score == pytest.approx(wanted.objective)
+        if wanted.feasible:
+            assert found.latency_ms == wanted.makespan and found.period_ms == wanted.period
 
 
 def test_the_same_plan_scores_the_same_whatever_ran_before(random_problem):
