@@ -176,31 +176,6 @@ def _holds(problem: Problem, slot: _Slot) -> bool:
     return is_binding(problem) if slot.conditions.memory == "binding" else bool(_built(problem))
 
 
-_DRAWN[slot.size]
-    size = round(math.exp(random.uniform(math.log(low), math.log(high))))
-    name = f"benchmark-{slot.index}"
-    return draw_problem(random, family, slot.cluster, name=name, size=size, conditions=slot.conditions)
-
-
-def _captured(random: Generator, slot: _Slot, model: str) -> Problem:
-    return draw_captured_problem(
-        random,
-        model,
-        slot.cluster,
-        name=f"benchmark-{slot.index}",
-        training=slot.training,
-        max_ops=None if slot.size == "operator" else 300,
-        conditions=slot.conditions,
-    )
-
-
-def _holds(problem: Problem, slot: _Slot) -> bool:
-    least, most = _SIZES[slot.size]
-    if not least <= problem.num_ops <= most:
-        return False
-    return is_binding(problem) if slot.conditions.memory == "binding" else bool(constructive_baselines(problem))
-
-
 _DRAWN = {"operator": (500, 1500), "coarse": (24, 300), "small": (4, 11)}
 _SIZES = {"operator": (500, 2500), "coarse": (20, 320), "small": (5, 12)}
 
