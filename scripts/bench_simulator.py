@@ -6,7 +6,8 @@ rival: its figures are others. It runs twice a round, so that the noise of the r
 of a size are interleaved, and every figure is the median over rounds.
 
 A trial is a move of one op, at random, with the present J as its limit: what a search asks most of the time. They start
-from contiguous stages after a descent, and are counted with and without keeping those that are no worse.
+from contiguous stages after a descent, go to another device, and are counted with and without keeping those that are no
+worse.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +34,9 @@ from autoplace.simulate.local import Local, begin, keep, new_local, trial
 
 DEVICES = 4
 SIZES = (200, 2_000, 20_000)
+SECONDS = 0.05
+"""Least time of a cell in a round: shorter ones measure who else was scheduled."""
+
 SEARCHED = ("no contention, fifo", "no contention, priority", "link, fifo", "link, priority", "blocking", "throughput")
 """Modes whose trials are timed."""
 
@@ -133,12 +138,13 @@ def bare_loop(bare: Bare, plans: NDArray[np.int32], makespans: NDArray[np.float6
 
 @njit
 def walk(
-    local: Local, ops: NDArray[np.int32], devices: NDArray[np.int32], objective: float, keeps: bool
+    local: Local, ops: NDArray[np.int32], ways: NDArray[np.int32], objective: float, keeps: bool
 ) -> tuple[float, int]:
-    """Try moves of one op each; return the last J and how many were no worse."""
-    usable = 0
+    """Try moves of one op each, so many devices on (1 to D - 1); return the last J and how many were no worse."""
+    usable, device = 0, np.zeros(1, np.int32)
     for k in range(len(ops)):
-        found = trial(local, ops[k : k + 1], devices[k : k + 1], 1, objective)
+        device[0] = (local.plan[0, ops[k]] + ways[k]) % DEVICES
+        found = trial(local, ops[k : k + 1], device, 1, objective)
         if found < np.inf:
             usable += 1
             if keeps:
@@ -148,11 +154,11 @@ def walk(
 
 
 class Cell(NamedTuple):
-    """Something to time: `run` does `count` of it."""
+    """Something to time: `run` does `number` of it."""
 
     label: str
     what: str
-    count: int
+    number: int
     run: Callable[[], object]
 
 
@@ -171,7 +177,7 @@ def _trials(problem: Problem, label: str, stages: NDArray[np.int32], seed: int) 
     random, ops = np.random.default_rng(seed), problem.num_ops
 
     def moves(count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        return random.integers(0, ops, count).astype(np.int32), random.integers(0, DEVICES, count).astype(np.int32)
+        return random.integers(0, ops, count).astype(np.int32), random.integers(1, DEVICES, count).astype(np.int32)
 
     local = new_local(SimulatedEvaluator(problem))
     local.plan[0] = stages
@@ -196,17 +202,17 @@ def cells_of(ops: int, seed: int) -> tuple[list[Cell], dict[str, dict[str, float
     """Return all that is timed at one size, and the share of usable trials by mode."""
     random = np.random.default_rng(seed)
     base = transformer(ops, random)
-    plans, bare = _plans(ops, max(4, 400_000 // ops), random), bare_of(base)
+    plans, bare = _plans(ops, max(4, 100_000 // ops), random), bare_of(base)
     makespans = np.zeros(len(plans["random"]))
     cells, shares = [], {}
     for what, some in plans.items():
         for label in ("bare loop", "bare loop again"):
-            cells.append(Cell(label, what, len(some), lambda some=some: bare_loop(bare, some, makespans)))
+            cells.append(Cell(label, what, len(some), partial(bare_loop, bare, some, makespans)))
     for label, (semantics, objective) in _modes().items():
         problem = base.with_(semantics=semantics, objective=objective)
         evaluator = SimulatedEvaluator(problem)
         for what, some in plans.items():
-            cells.append(Cell(label, what, len(some), lambda e=evaluator, some=some: e.score(some)))
+            cells.append(Cell(label, what, len(some), partial(evaluator.score, some)))
         if label in SEARCHED:
             more, shares[label] = _trials(problem, label, plans["contiguous"][0], seed)
             cells += more
@@ -214,14 +220,23 @@ def cells_of(ops: int, seed: int) -> tuple[list[Cell], dict[str, dict[str, float
 
 
 def measure(cells: list[Cell], rounds: int) -> dict[tuple[str, str], list[float]]:
-    """Return seconds a plan or trial of every cell, a figure a round; the rounds are interleaved."""
+    """Return seconds a plan or trial of every cell, a figure a round; the rounds are interleaved.
+
+    A cell runs as often a round as fills `SECONDS`, found in a first round that does not count.
+    """
+    times: list[int] = []
+    for cell in cells:
+        cell.run()
+        started = time.perf_counter()
+        cell.run()
+        times.append(max(1, round(SECONDS / (time.perf_counter() - started))))
     seconds: dict[tuple[str, str], list[float]] = {(c.label, c.what): [] for c in cells}
-    for turn in range(rounds + 1):
-        for cell in cells:
+    for _ in range(rounds):
+        for cell, repeats in zip(cells, times, strict=True):
             started = time.perf_counter()
-            cell.run()
-            if turn:
-                seconds[cell.label, cell.what].append((time.perf_counter() - started) / cell.count)
+            for _ in range(repeats):
+                cell.run()
+            seconds[cell.label, cell.what].append((time.perf_counter() - started) / (repeats * cell.number))
     return seconds
 
 

@@ -325,8 +325,13 @@ def _entries(version):  # type: ignore[no-untyped-def]
         """Make the plan of the last trial, which returned a finite J, the current one."""
         arrays, loads, moved = local.arrays, local.loads, local.moved
         latency_ms = local.spread_ms if local.counters[SPREAD] else arrays.latency_ms
+        changes = False
         for k in range(local.counters[MOVED]):
+            changes = changes or moved[1, k] != local.plan[0, moved[0, k]]
             shift(arrays, loads, latency_ms, local.plan, moved[0, k], moved[1, k])
+        if not changes:
+            local.counters[MOVED] = 0
+            return
         busiest = busiest_ms(arrays, loads)
         local.largest_ms[0] = max(local.largest_ms[0], busiest)
         local.counters[KEPT] += 1 if version else 0
