@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from autoplace.simulate.primitives import IDLE, INF, carry, inline, push, take
 
-__all__ = ["begin_op", "foresee", "simulate_ahead", "spreading"]
+__all__ = ["begin_op", "foresee", "next_round", "simulate_ahead", "spreading"]
 
 
 @inline
@@ -81,6 +81,19 @@ def begin_op(rules, ops, devices, latency_ms, queue, urgent, d, now):
 
 
 @inline
+def next_round(devices):
+    """Return the next moment at which a device starts an op, the first such device, and whether it is the only one."""
+    now, first, alone = INF, 0, True
+    for d in range(len(devices)):
+        moment = devices[d].next_ms
+        if moment < now:
+            now, first, alone = moment, d, True
+        elif moment == now:
+            alone = False
+    return now, first, alone
+
+
+@inline
 def simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue, urgent, log):
     """Run one pass without events; return its makespan, ms.
 
@@ -90,13 +103,7 @@ def simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue
     makespan = 0.0
     left = len(ops)
     while left > 0:
-        now, first, alone = INF, 0, True
-        for d in range(len(devices)):
-            moment = devices[d].next_ms
-            if moment < now:
-                now, first, alone = moment, d, True
-            elif moment == now:
-                alone = False
+        now, first, alone = next_round(devices)
         if now == INF:
             return INF
         op = begin_op(rules, ops, devices, latency_ms, queue, urgent, first, now)

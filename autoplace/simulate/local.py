@@ -42,8 +42,9 @@ from autoplace.simulate.loads import (
     value,
     weights_fit,
 )
+from autoplace.simulate.marks import Runs, build_runs, mark_before
 from autoplace.simulate.primitives import INF, compiled, inline, rank, sources_version
-from autoplace.simulate.restart import COLD, Runs, build_runs, fill_least, fill_paths, mark_before, run
+from autoplace.simulate.restart import COLD, fill_least, fill_paths, run
 
 __all__ = ["Local", "begin", "keep", "local_version", "new_local", "trial"]
 

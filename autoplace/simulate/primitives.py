@@ -52,7 +52,7 @@ def compiled(function):  # type: ignore[no-untyped-def]
 def sources_version() -> int:
     """Return a number that changes with the simulator's sources: the cache on disk sees the entry's own file alone."""
     digest = hashlib.sha256()
-    for name in ("primitives", "ahead", "events", "kernels", "arrays"):
+    for name in ("primitives", "ahead", "events", "kernels", "marks", "arrays"):
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return int(digest.hexdigest()[:12], 16)
 
