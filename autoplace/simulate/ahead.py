@@ -103,7 +103,13 @@ def simulate_ahead(rules, ops, devices, tensors, edges, links, latency_ms, queue
     makespan = 0.0
     left = len(ops)
     while left > 0:
-        now, first, alone = next_round(devices)
+        now, first, alone = INF, 0, True  # as in `next_round`; called, it takes 7% more
+        for d in range(len(devices)):
+            moment = devices[d].next_ms
+            if moment < now:
+                now, first, alone = moment, d, True
+            elif moment == now:
+                alone = False
         if now == INF:
             return INF
         op = begin_op(rules, ops, devices, latency_ms, queue, urgent, first, now)
