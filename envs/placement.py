@@ -46,13 +46,16 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
     |---|---|---|---|---|
     | 0 | (max_devices,) | 0 | 1 | the device exists |
     | 1 | (max_devices,) | 0 | 1 | the mask allows it |
-    | 2-6 | (max_devices, 5) | -1 | 5 | hardware against this class: latency, slowness, energy, affinity of consumers |
-    | 7-17 | (max_devices, 11) | -10 | 10 | partial schedule: start, finish, path to the end, objective, transfers |
-    | 18-21 | (max_devices, 4) | 0 | 1 | neighbours on the device, and where the last class went |
-    | 22-26 | (max_devices, 5) | -10 | 10 | load of the device and of the links to it |
-    | 27-31 | (max_devices, 5) | -5 | 10 | memory left, links to the others, all the rest on this device |
-    | 32-42 | (max_devices, 11) | -5 | 8 | progress, and the class: criticality, weight, fan-in and fan-out |
-    | 43-54 | (max_devices, 12) | -5 | 8 | objective, semantics, size and shape of the problem |
+    | 2-12 | (max_devices, 11) | -10 | 10 | partial schedule: start, finish, path to the end, objective, transfers |
+    | 13-23 | (max_devices, 11) | -10 | 10 | loads of the device and its links, room until the balanced load, idleness |
+    | 24-29 | (max_devices, 6) | 0 | 1 | neighbours, work at the same depth and the last decisions on the device |
+    | 30-32 | (max_devices, 3) | -5 | 5 | memory left on the device |
+    | 33-42 | (max_devices, 10) | -5 | 10 | hardware against this class and what comes next: latency, energy, links |
+    | 43-54 | (max_devices, 12) | -1 | 10 | the same carried over the graph, 1 to 4 hops on and back, and all ahead |
+    | 55-63 | (max_devices, 9) | -5 | 8 | progress, balance, memory, traffic |
+    | 64-77 | (max_devices, 14) | -10 | 10 | the class: criticality, weight, fan-in and fan-out, width around it |
+    | 78-93 | (max_devices, 16) | -5 | 8 | the same carried over the graph |
+    | 94-107 | (max_devices, 14) | -5 | 8 | objective, semantics, size and shape of the problem |
 
     `autoplace.policy.features.FEATURES` names every column. The last observation of an episode is all zeros.
 
@@ -96,7 +99,7 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
     ```
 
     ## Version History
-    - v0: first version (features of version 1)
+    - v0: features of version 2; a policy names the version that it was trained on and is refused with another
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration

@@ -11,6 +11,7 @@ devices goes through the same weights. Knows nothing of problems or masks; those
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoplace.errors import PolicyError
-from autoplace.policy.features import FEATURE_VERSION, NUM_FEATURES
+from autoplace.policy.columns import FEATURE_VERSION, MESSAGE_COLUMNS, NUM_FEATURES
 
-__all__ = ["PolicyConfig", "PolicyNetwork", "parameter_shapes"]
+__all__ = ["PolicyConfig", "PolicyNetwork", "parameter_shapes", "silenced"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,19 @@ class PolicyConfig:
     feature_version: int = FEATURE_VERSION
     """Version of the features' meaning; a policy of another version is refused."""
 
+    message_passing: bool = True
+    """Whether the network sees the columns that are propagated over the graph; False = they weigh nothing."""
+    masks: bool = True
+    """Whether placements by the policy keep to the hard mask; False = only to devices that can run the op."""
+
     def __post_init__(self) -> None:
         if self.feature_version != FEATURE_VERSION or self.num_features != NUM_FEATURES:
             raise PolicyError(
                 f"the policy was trained on features of version {self.feature_version} ({self.num_features} of them) "
                 f"and this autoplace has version {FEATURE_VERSION} ({NUM_FEATURES}); train it again"
             )
+        if not isinstance(self.message_passing, bool) or not isinstance(self.masks, bool):
+            raise PolicyError("message_passing and masks of a policy are true or false; correct its config.json")
         if not 1 <= self.hidden <= 1024:
             raise PolicyError(f"a policy with hidden width {self.hidden} cannot be built; use 1 to 1024")
 
@@ -63,8 +71,18 @@ def parameter_shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def silenced(config: PolicyConfig, tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Return the weights of a policy, those of columns that its configuration switches off at zero."""
+    found = {name: np.array(value, np.float32) for name, value in tensors.items()}
+    if not config.message_passing:
+        found["embed1.weight"][:, MESSAGE_COLUMNS] = 0.0
+    return found
+
+
 class PolicyNetwork(nn.Module):
     """Scores devices and values the state."""
+
+    seen: torch.Tensor | None
 
     def __init__(self, config: PolicyConfig | None = None, *, seed: int = 0) -> None:
         """Initialise the weights.
@@ -82,7 +100,16 @@ class PolicyNetwork(nn.Module):
         self.score2 = nn.Linear(hidden, 1, bias=False)
         self.value1 = nn.Linear(2 * hidden, hidden)
         self.value2 = nn.Linear(hidden, 1)
+        self.register_buffer("seen", self._seen(), persistent=False)
         self._initialise(seed)
+
+    def _seen(self) -> torch.Tensor | None:
+        """Return float32[F], 0 for the columns that are switched off; None when there are none."""
+        if self.config.message_passing:
+            return None
+        seen = torch.ones(self.config.num_features)
+        seen[list(MESSAGE_COLUMNS)] = 0.0
+        return seen
 
     def _initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -99,6 +126,8 @@ class PolicyNetwork(nn.Module):
         Args:
             features: float32[B, D, F]; rows whose first feature is 0 are padding.
         """
+        if self.seen is not None:
+            features = features * self.seen
         hidden = torch.relu(self.embed2(torch.relu(self.embed1(features))))
         exists = (features[..., :1] > 0.5).to(hidden.dtype)
         hidden = hidden * exists
@@ -126,8 +155,8 @@ class PolicyNetwork(nn.Module):
 
     def tensors(self) -> dict[str, NDArray[np.float32]]:
         """Return a copy of all weights, name to array."""
-        return {name: value.detach().cpu().numpy().copy() for name, value in self.state_dict().items()}
+        return silenced(self.config, {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()})
 
-    def load_tensors(self, tensors: dict[str, NDArray[np.float32]]) -> None:
+    def load_tensors(self, tensors: Mapping[str, NDArray[np.float32]]) -> None:
         """Copy weights in; the reverse of → `tensors`."""
-        self.load_state_dict({name: torch.from_numpy(np.array(value, np.float32)) for name, value in tensors.items()})
+        self.load_state_dict({name: torch.from_numpy(value) for name, value in silenced(self.config, tensors).items()})

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoplace.errors import InfeasibleError, InputError, PolicyError
-from autoplace.policy.network import PolicyConfig, PolicyNetwork, parameter_shapes
-from autoplace.policy.rollout import follow, pack_weights, roll
+from autoplace.policy.network import PolicyConfig, PolicyNetwork, parameter_shapes, silenced
+from autoplace.policy.rollout import follow, roll
+from autoplace.policy.scorer import pack_weights
 from autoplace.policy.store import read_policy, write_policy
 from autoplace.policy.tables import Tables, build_tables
 from autoplace.problem import Problem
@@ -49,7 +50,7 @@ class Policy:
             if not np.isfinite(tensors[name]).all():
                 raise PolicyError(f"the policy's tensor {name!r} holds NaN or infinity; train it again")
         self.config = config
-        self.tensors = {name: np.asarray(tensors[name], np.float32) for name in parameter_shapes(config)}
+        self.tensors = silenced(config, {name: tensors[name] for name in parameter_shapes(config)})
         self.card = card
         self.evaluation = dict(evaluation or {})
         self._weights = pack_weights(self.tensors)
@@ -140,7 +141,7 @@ class Policy:
             int32[P, N] device indices, P <= count: draws that ended without an allowed device are left out.
         """
         tables = build_tables(problem) if tables is None else tables
-        return roll(tables, self._weights, count=count, temperature=temperature, seed=seed)
+        return roll(tables, self._weights, count=count, temperature=temperature, seed=seed, masks=self.config.masks)
 
     def prior(
         self, problem: Problem, assignment: NDArray[np.int32], *, tables: Tables | None = None
@@ -161,7 +162,7 @@ class Policy:
             InputError: If the assignment has another length or names a device that is not there.
         """
         tables = build_tables(problem) if tables is None else tables
-        rows = follow(tables, self._weights, _actions(problem, tables, assignment))
+        rows = follow(tables, self._weights, _actions(problem, tables, assignment), masks=self.config.masks)
         return rows[tables.class_of]
 
     def resample(
@@ -198,7 +199,15 @@ class Policy:
             raise InputError(f"free has shape {np.shape(free)}; pass one flag for each of the {problem.num_ops} ops")
         forced = _actions(problem, tables, assignment)
         forced[tables.class_of[np.asarray(free, bool)]] = -1
-        return roll(tables, self._weights, count=count, temperature=temperature, seed=seed, forced=forced)
+        return roll(
+            tables,
+            self._weights,
+            count=count,
+            temperature=temperature,
+            seed=seed,
+            forced=forced,
+            masks=self.config.masks,
+        )
 
 
 def _actions(problem: Problem, tables: Tables, assignment: NDArray[np.int32]) -> NDArray[np.int32]:

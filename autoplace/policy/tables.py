@@ -10,19 +10,23 @@ device to the end of the graph, every later op on the device that suits it best 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.policy._compile import TINY
+from autoplace.policy.order import decision_order, group_by, levels
+from autoplace.policy.packing import memory_arrays
+from autoplace.policy.times import pass_latency, transfer_times
 from autoplace.problem import Problem
-from autoplace.simulate.arrays import link_matrices
 
-__all__ = ["Tables", "build_tables", "pack"]
+__all__ = ["UNFIT", "Tables", "build_tables", "suiting"]
 
-TINY = 1e-12
-"""Guards divisions; far below any latency (ms) or energy (J) that occurs."""
+UNFIT = math.exp(5.0)
+"""Where a class cannot run, what flows ahead counts it as so many times slower than on its fastest device."""
 
 
 class Tables(NamedTuple):
@@ -54,6 +58,14 @@ class Tables(NamedTuple):
     """float64[C, D], ms; inf = cannot run there."""
     rest_latency: NDArray[np.float64]
     """float64[C, D], ms of this class and all later ones on one device; inf when one of them cannot run there."""
+    fluid_latency: NDArray[np.float64]
+    """float64[C, D], as `rest_latency`, with `UNFIT` times the least latency where a class cannot run."""
+    suited: NDArray[np.float64]
+    """float64[C, D], ms: the work of this class and all later ones, shared among the devices that suit it."""
+    level_of: NDArray[np.int32]
+    """int32[C], hops from the start of the graph."""
+    level_work: NDArray[np.float64]
+    """float64[levels], ms of least work."""
     class_scale: NDArray[np.float64]
     """float64[C], ms: mean latency over the devices that can run the class, the unit of its local features."""
     class_min: NDArray[np.float64]
@@ -84,9 +96,9 @@ class Tables(NamedTuple):
     dynamic_watts: NDArray[np.float64]
     """float64[D], busy less idle."""
     pair_static: NDArray[np.float32]
-    """float32[C, D, P]: features of a (class, device) pair that never change."""
+    """float32[C, D, PS]: features of a (class, device) pair that never change."""
     op_static: NDArray[np.float32]
-    """float32[C, O]: features of a class that never change."""
+    """float32[C, CS]: features of a class that never change."""
     global_static: NDArray[np.float32]
     """float32[G]: features of the problem."""
     flags: NDArray[np.bool_]
@@ -107,11 +119,10 @@ def build_tables(problem: Problem) -> Tables:
     from autoplace.policy.statics import static_features
 
     topological = problem.graph.topological_order.astype(np.int64)
-    order = _classes(problem, topological)
-    graph = _graph_arrays(problem, order)
+    graph = _graph_arrays(problem, topological)
     hardware = _hardware_arrays(problem)
-    costs = _cost_arrays(problem, order, topological, graph, hardware)
-    memory, limited = _memory(problem, order, costs["can_run"])
+    costs = _cost_arrays(problem, topological, graph, hardware)
+    memory, limited = memory_arrays(problem, graph["class_members"], graph["class_offsets"], costs["can_run"])
     flags = [
         problem.objective.goal == "throughput",
         problem.semantics.transfers == "blocking",
@@ -128,22 +139,25 @@ def build_tables(problem: Problem) -> Tables:
         pair_static=empty, op_static=empty, global_static=empty,
         flags=np.asarray(flags), numbers=np.asarray(numbers),
     )  # fmt: skip
+    # Kernels are compiled for C order; sums and choices over a problem's arrays may come in Fortran's.
+    tables = Tables(*map(np.ascontiguousarray, tables))
     pair, op, whole = static_features(problem, tables, topological)
     return tables._replace(pair_static=pair, op_static=op, global_static=whole)
 
 
-def _graph_arrays(problem: Problem, order: list[NDArray[np.int64]]) -> dict[str, Any]:
+def _graph_arrays(problem: Problem, topological: NDArray[np.int64]) -> dict[str, Any]:
     graph = problem.graph
+    members, offsets = decision_order(problem, topological)
+    classes = len(offsets) - 1
     class_of = np.empty(graph.num_ops, np.int32)
-    for index, ops in enumerate(order):
-        class_of[ops] = index
+    class_of[members] = np.repeat(np.arange(classes, dtype=np.int32), np.diff(offsets))
     in_offsets, in_tensors = _incoming(problem)
-    out_offsets, out_tensors = _group_by(graph.tensor_producer, graph.num_ops)
+    out_offsets, out_tensors = group_by(graph.tensor_producer, graph.num_ops)
     read = np.diff(graph.consumer_offsets) > 0
-    made = np.bincount(class_of[graph.tensor_producer], graph.tensor_bytes * read, minlength=len(order))
+    made = np.bincount(class_of[graph.tensor_producer], graph.tensor_bytes * read, minlength=classes)
     return {
-        "class_offsets": np.concatenate([[0], np.cumsum([len(m) for m in order])]).astype(np.int64),
-        "class_members": np.concatenate(order).astype(np.int32),
+        "class_offsets": offsets,
+        "class_members": members,
         "class_of": class_of,
         "in_offsets": in_offsets,
         "in_tensors": in_tensors,
@@ -172,57 +186,55 @@ def _hardware_arrays(problem: Problem) -> dict[str, Any]:
 
 def _cost_arrays(
     problem: Problem,
-    order: list[NDArray[np.int64]],
     topological: NDArray[np.int64],
     graph: dict[str, Any],
     hardware: dict[str, Any],
 ) -> dict[str, Any]:
     latency = pass_latency(problem)
-    class_latency = np.stack([latency[m].sum(axis=0) for m in order])
+    class_latency = np.add.reduceat(latency[graph["class_members"]], graph["class_offsets"][:-1], axis=0)
     can_run = np.isfinite(class_latency)
     mean = np.where(can_run, class_latency, 0.0).sum(axis=1) / np.maximum(can_run.sum(axis=1), 1)
+    least = _finite_min(class_latency)
     # Ops of no cost would make every time infinite in their own unit.
     floor = max(1e-3 * float(mean.mean()), TINY)
     tail = _tails(
         topological, graph["out_offsets"], graph["out_tensors"], graph["tensor_bytes"], graph["consumer_offsets"],
         graph["consumers"], latency, hardware["link_latency"], hardware["link_inverse"],
     )  # fmt: skip
+    fluid = np.where(can_run, class_latency, UNFIT * least[:, None])
+    level_of, level_work = levels(topological, graph, least)
     return {
         "latency": latency,
         "tail": tail,
+        "fluid_latency": _from_here_on(fluid),
+        "suited": _from_here_on(fluid * suiting(fluid)),
+        "level_of": level_of,
+        "level_work": level_work,
         "class_latency": class_latency,
-        "rest_latency": np.cumsum(class_latency[::-1], axis=0)[::-1].copy(),
+        "rest_latency": _from_here_on(class_latency),
         "class_scale": np.maximum(mean, floor),
-        "class_min": _finite_min(class_latency),
+        "class_min": least,
         "class_min_energy": _finite_min(class_latency * np.maximum(hardware["dynamic_watts"], TINY)),
         "can_run": can_run,
     }
 
 
-def pass_latency(problem: Problem) -> NDArray[np.float64]:
-    """Return the time of every op on every device in one pass, all microbatches, ms; inf = cannot run there."""
-    latency, overhead = problem.latency_ms, problem.overhead_ms
-    if overhead is not None and problem.semantics.microbatches > 1:
-        latency = latency + (problem.semantics.microbatches - 1) * np.minimum(overhead, latency)
-    return np.where(problem.can_run, latency, np.inf).astype(np.float64)
+def _from_here_on(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum over a class and all later ones, float64[C, D]."""
+    return np.cumsum(values[::-1], axis=0)[::-1].copy()
 
 
-def transfer_times(problem: Problem) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return latency (ms) and inverse bandwidth (ms per byte) between devices, float64[D, D], by the problem's route.
+def suiting(latency: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return shares of each row among the devices, float64[R, D]: as their speeds, and more where one suits the row.
 
-    Over the host's memory they are the sums of both legs. A pair that cannot talk has latency 0 and inverse inf.
+    Share ~ speed * (relative speed here / relative speed on the whole)^4, with finite latencies float64[R, D] in ms.
     """
-    devices, host = problem.num_devices, problem.semantics.route == "host"
-    latency, inverse = link_matrices(problem.cluster, host=host)
-    if host:
-        apart = ~np.eye(devices, dtype=bool)
-        up, down = latency[:devices, devices][:, None], latency[devices, :devices][None, :]
-        latency = np.where(apart, up + down, 0.0)
-        inverse = np.where(apart, inverse[:devices, devices][:, None] + inverse[devices, :devices][None, :], 0.0)
-    latency, inverse = latency[:devices, :devices].copy(), inverse[:devices, :devices].copy()
-    missing = ~np.isfinite(latency) | ~np.isfinite(inverse)
-    latency[missing], inverse[missing] = 0.0, np.inf
-    return latency, inverse
+    floor = max(1e-3 * float(latency.mean()), TINY)
+    speed = 1.0 / (latency.sum(axis=0) + floor)
+    here = np.log(latency + floor).min(axis=1, keepdims=True) - np.log(latency + floor)
+    advantage = np.clip(4.0 * (here - here.mean(axis=0)), -20.0, 20.0)
+    share = speed * np.exp(advantage)
+    return share / share.sum(axis=1, keepdims=True)
 
 
 def _incoming(problem: Problem) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -233,65 +245,9 @@ def _incoming(problem: Problem) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     return offsets, np.ascontiguousarray(edges[order, 2])
 
 
-def _group_by(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    offsets = np.zeros(count + 1, np.int64)
-    np.cumsum(np.bincount(keys, minlength=count), out=offsets[1:])
-    return offsets, np.argsort(keys, kind="stable").astype(np.int32)
-
-
 def _finite_min(values: NDArray[np.float64]) -> NDArray[np.float64]:
     least = values.min(axis=1)
     return np.where(np.isfinite(least), least, 0.0)
-
-
-def _classes(problem: Problem, topological: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Return the co-location classes in order of decision, each with its ops producers first."""
-    position = np.empty(problem.num_ops, np.int64)
-    position[topological] = np.arange(problem.num_ops)
-    upward = _upward_rank(problem, topological)
-    groups: dict[int, list[int]] = {}
-    for op in topological:
-        key = int(problem.graph.colocate[op])
-        groups.setdefault(key if key >= 0 else -1 - int(op), []).append(int(op))
-    keyed = [(-float(upward[ops].max()), int(position[ops[0]]), ops) for ops in groups.values()]
-    return [np.asarray(ops, np.int64) for _, _, ops in sorted(keyed, key=lambda item: item[:2])]
-
-
-def _upward_rank(problem: Problem, topological: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return mean latency plus mean transfer plus the highest rank of a consumer, ms, float64[N]."""
-    latency = np.where(problem.can_run, pass_latency(problem), 0.0).sum(axis=1)
-    latency = latency / np.maximum(problem.can_run.sum(axis=1), 1)
-    mean_latency, mean_inverse = mean_link(problem)
-    upward = latency.copy()
-    graph = problem.graph
-    out_offsets, out_tensors = _group_by(graph.tensor_producer, graph.num_ops)
-    _ranks(
-        topological, out_offsets, out_tensors, graph.tensor_bytes, graph.consumer_offsets, graph.consumers,
-        mean_latency, mean_inverse, upward,
-    )  # fmt: skip
-    return upward
-
-
-def mean_link(problem: Problem) -> tuple[float, float]:
-    """Return the mean latency (ms) and mean inverse bandwidth (ms per byte) over connected pairs; 0, 0 without any."""
-    latency, inverse = transfer_times(problem)
-    usable = np.isfinite(inverse) & ~np.eye(problem.num_devices, dtype=bool)
-    if not usable.any():
-        return 0.0, 0.0
-    return float(latency[usable].mean()), float(inverse[usable].mean())
-
-
-@numba.njit(cache=True)
-def _ranks(topological, out_offsets, out_tensors, tensor_bytes, consumer_offsets, consumers, lat, inverse, upward):
-    for i in range(len(topological) - 1, -1, -1):
-        op = topological[i]
-        best = 0.0
-        for k in range(out_offsets[op], out_offsets[op + 1]):
-            tensor = out_tensors[k]
-            transfer = lat + tensor_bytes[tensor] * inverse
-            for j in range(consumer_offsets[tensor], consumer_offsets[tensor + 1]):
-                best = max(best, transfer + upward[consumers[j]])
-        upward[op] += best
 
 
 @numba.njit(cache=True)
@@ -319,62 +275,3 @@ def _tails(
                     if np.isfinite(best):
                         tail[op, d] = max(tail[op, d], best)
     return tail
-
-
-@numba.njit(cache=True)
-def pack(pack_order, need, can_run, left, first, skip, assignment):
-    """Try to fit the classes from `first` on into the memory left, largest first, each where most is left.
-
-    Args:
-        pack_order: int32[C], classes by descending need.
-        need: float64[C] bytes.
-        can_run: bool[C, D].
-        left: float64[D] bytes; changed.
-        first: Classes before this one are placed already.
-        skip: A class to leave out.
-        assignment: int32[C]; filled for the classes that are packed.
-
-    Returns:
-        Whether all fit.
-    """
-    for index in pack_order:
-        if index < first or index == skip:
-            continue
-        best = -1
-        for d in range(left.shape[0]):
-            if can_run[index, d] and need[index] <= left[d] and (best < 0 or left[d] > left[best]):
-                best = d
-        if best < 0:
-            return False
-        left[best] -= need[index]
-        assignment[index] = best
-    return True
-
-
-def _memory(
-    problem: Problem, order: list[NDArray[np.int64]], can_run: NDArray[np.bool_]
-) -> tuple[dict[str, Any], bool]:
-    """Return need, order of packing and certificate, and whether memory is limited.
-
-    Activations that are freed early count in full where everything fits that way; else not at all, and the evaluator,
-    which knows what lives when, has the last word.
-    """
-    graph = problem.graph
-    capacity = np.asarray([d.memory_bytes for d in problem.cluster.devices], np.float64)
-    limited = bool(np.isfinite(capacity).any())
-    held = graph.weight_bytes + np.where(graph.frees, 0, graph.activation_bytes)
-    for amounts in (graph.weight_bytes + graph.activation_bytes, held):
-        need = np.asarray([amounts[m].sum() for m in order], np.float64)
-        pack_order = np.argsort(-need, kind="stable").astype(np.int32)
-        certificate = np.full(len(order), -1, np.int32)
-        packed = limited and pack(pack_order, need, can_run, capacity.copy(), 0, -1, certificate)
-        if packed or not limited:
-            break
-        certificate[:] = -1
-    arrays = {
-        "need": need,
-        "need_after": np.cumsum(need[::-1])[::-1].copy(),
-        "pack_order": pack_order,
-        "certificate": certificate,
-    }
-    return arrays, limited

@@ -12,6 +12,8 @@ CASES = [
     {"goal": "throughput", "energy_weight": 0.5},
     {"semantics": Semantics(transfers="blocking", route="host", queue="priority", microbatches=4)},
     {"missing": ((0, 1), (1, 0)), "semantics": Semantics(contention="none")},
+    {"ops": 1, "devices": 1},
+    {"ops": 9, "devices": 20, "memory": 0.2},
 ]
 
 
@@ -60,8 +62,16 @@ def test_features_are_free_of_scale(problem_maker):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_features_follow_permuted_devices(problem_maker):
-    problem = problem_maker(energy_weight=0.3, goal="throughput")
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"energy_weight": 0.3, "goal": "throughput"},
+        {"colocate": True, "ops": 60},
+        {"semantics": Semantics(transfers="blocking", contention="none")},
+    ],
+)
+def test_features_follow_permuted_devices(problem_maker, case):
+    problem = problem_maker(**case)
     order = np.array([2, 0, 1])
     cluster = type(problem.cluster)(
         devices=tuple(problem.cluster.devices[i] for i in order), default_link=problem.cluster.default_link
@@ -96,3 +106,16 @@ def test_actions_replay_an_assignment(problem_maker):
     for action in placement.actions(assignment):
         placement.place(int(action))
     np.testing.assert_array_equal(placement.assignment, assignment)
+
+
+def test_without_hard_masks_only_devices_that_cannot_run_are_barred(problem_maker):
+    problem = problem_maker(memory=0.001)
+    latency = problem.latency_ms.copy()
+    latency[:, 1] = np.inf
+    placement = PartialPlacement(problem.with_(latency_ms=latency), masks=False)
+    while not placement.done:
+        np.testing.assert_array_equal(placement.mask, [True, False, True])
+        assert np.isfinite(placement.features).all() and np.abs(placement.features).max() <= FEATURE_LIMIT
+        placement.place(0)
+    placement.reset()
+    assert placement.mask.sum() == 2

@@ -100,3 +100,14 @@ def test_wrong_lengths_and_devices_are_refused(problem_maker, policy):
         policy.prior(problem, np.full(24, 3, np.int32))
     with pytest.raises(InputError, match="one flag"):
         policy.resample(problem, np.zeros(24, np.int32), np.ones(2, bool), 1, seed=0)
+
+
+def test_permuting_the_devices_permutes_the_prior(problem_maker, policy):
+    problem, order = problem_maker(ops=40, goal="throughput"), np.array([2, 0, 1])
+    cluster = type(problem.cluster)(
+        devices=tuple(problem.cluster.devices[i] for i in order), default_link=problem.cluster.default_link
+    )
+    moved = problem.with_(cluster=cluster, latency_ms=problem.latency_ms[:, order])
+    plan = policy.sample(problem, 1, seed=2)[0]
+    there = policy.prior(moved, np.argsort(order)[plan].astype(np.int32))
+    np.testing.assert_allclose(policy.prior(problem, plan)[:, order], there, atol=1e-4)

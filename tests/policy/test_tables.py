@@ -2,7 +2,8 @@ import numpy as np
 
 from autoplace.graph.opgraph import OpGraph
 from autoplace.hardware.cluster import Cluster, Device, Link
-from autoplace.policy.tables import build_tables, transfer_times
+from autoplace.policy.tables import build_tables
+from autoplace.policy.times import transfer_times
 from autoplace.problem import Problem, Semantics
 
 
