@@ -11,7 +11,14 @@ import torch
 import autoplace
 from autoplace.policy.features import FEATURE_VERSION, NUM_FEATURES
 
-from .distribution import HELD_OUT_CLUSTERS, HELD_OUT_FAMILIES, TRAIN_CLUSTERS, TRAIN_FAMILIES
+from .distribution import (
+    HELD_OUT_CLUSTERS,
+    HELD_OUT_FAMILIES,
+    HELD_OUT_MODELS,
+    TRAIN_CLUSTERS,
+    TRAIN_FAMILIES,
+    TRAIN_MODELS,
+)
 
 if TYPE_CHECKING:
     from .train import TrainConfig
@@ -19,14 +26,19 @@ if TYPE_CHECKING:
 __all__ = ["write_card"]
 
 
-def write_card(config: TrainConfig, problems: int, evaluation: dict[str, Any]) -> str:
+def write_card(
+    config: TrainConfig, problems: int, captured: float, evaluation: dict[str, Any], seconds: dict[str, float]
+) -> str:
     """Return the card, Markdown.
 
     Args:
         config: Of the training.
-        problems: Number of training problems, synthetic and of models.
+        problems: Number of training problems, those of a person's own models included.
+        captured: Share of the drawn problems whose graph is a captured model's.
         evaluation: Figures of `Bench.compare` by name.
+        seconds: Stage to wall seconds.
     """
+    spent = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     lines = [
         "# Placement policy",
         "",
@@ -38,10 +50,13 @@ def write_card(config: TrainConfig, problems: int, evaluation: dict[str, Any]) -
         f"- Command: `{config.command or 'autoplace.agents.train.train(...)'}`",
         f"- Date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, seed {config.seed}, "
         f"autoplace {autoplace.__version__}, torch {torch.__version__}, {platform.machine()}",
-        f"- Stages: {', '.join(config.stages)}",
-        f"- Data: {problems} problems, {config.problems} of them synthetic: families {', '.join(TRAIN_FAMILIES)}; "
-        f"clusters {', '.join(TRAIN_CLUSTERS)} of 2 to {config.max_devices} devices; up to {config.max_ops} ops",
+        f"- Stages: {', '.join(config.stages)}; {spent}",
+        f"- Data: {problems} problems, {config.problems} of them drawn: synthetic families {', '.join(TRAIN_FAMILIES)}"
+        + (f"; {captured:.0%} of them graphs of models {', '.join(TRAIN_MODELS)}" if captured else "")
+        + f"; clusters {', '.join(TRAIN_CLUSTERS)} of 2 to {config.max_devices} devices; up to {config.max_ops} ops",
     ]
+    if config.without:
+        lines.append(f"- An ablation, without: {', '.join(config.without)}")
     if "imitate" in config.stages:
         lines.append(
             f"- Imitation: {config.imitate_epochs} epochs over the best plans of the heuristics and of annealing with "
@@ -57,7 +72,9 @@ def write_card(config: TrainConfig, problems: int, evaluation: dict[str, Any]) -
         "",
         "## Evaluation",
         "",
-        f"Held-out families {', '.join(HELD_OUT_FAMILIES)}, the held-out cluster {', '.join(HELD_OUT_CLUSTERS)} among "
+        f"Held-out families {', '.join(HELD_OUT_FAMILIES)}"
+        + (f", held-out models {', '.join(HELD_OUT_MODELS)}" if captured else "")
+        + f", the held-out cluster {', '.join(HELD_OUT_CLUSTERS)} among "
         "the known ones; simulated. Geometric mean of J_policy / J_other, 95% interval; below 1 the policy is better.",
         "",
     ]

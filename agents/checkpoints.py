@@ -29,7 +29,16 @@ from autoplace.files import read_json
 __all__ = ["Checkpoint", "Checkpoints"]
 
 FORMAT = "autoplace.checkpoint/1"
-_DAMAGE = (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+_DAMAGE = (
+    KeyError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 Tensors = dict[str, NDArray[np.float32]]
 
 
@@ -52,6 +61,8 @@ class Checkpoint:
     """PPO updates of the stage."""
     step: int = 0
     """Running number of metrics."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds spent on each stage so far."""
 
 
 class Checkpoints:
@@ -86,6 +97,7 @@ class Checkpoints:
                 "best_value": checkpoint.best_value if checkpoint.best else None,
                 "updates": checkpoint.updates,
                 "step": checkpoint.step,
+                "seconds": checkpoint.seconds,
             }
             (staging / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
             for path in staging.iterdir():
@@ -123,6 +135,7 @@ class Checkpoints:
                 optimizer=torch.load(optimizer, weights_only=True) if optimizer.exists() else None,
                 updates=int(state["updates"]),
                 step=int(state["step"]),
+                seconds={str(stage): float(value) for stage, value in state["seconds"].items()},
             )
         except _DAMAGE as error:
             raise InputError(

@@ -1,8 +1,8 @@
 """Placement problems to train on, and others that training never sees. The split is this file.
 
 A problem is a graph on a cluster and draws of everything else. The graph is of a synthetic family (→ `synthetic`) or
-captured from a model (→ `captured_problems`). Families, cluster families and models named `HELD_OUT_...` are kept out of training;
-`held_out_problems` draws from held-out families and models alone.
+captured from a model (→ `captured_problems`). Families, cluster families and models named `HELD_OUT_...` are kept out
+of training; `held_out_problems` draws from held-out families and models alone.
 """
 
 from __future__ import annotations

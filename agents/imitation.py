@@ -6,7 +6,9 @@ teacher on the student's own mistakes: the next stage, PPO, walks those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +23,7 @@ from autoplace.strategies._base import Budget
 from autoplace.strategies._search import Scorer
 from autoplace.strategies.annealing import AnnealingStrategy
 
-__all__ = ["Demonstrations", "best_known", "clone_epoch", "demonstrate"]
+__all__ = ["Demonstrations", "best_known", "clone_epoch", "demonstrate", "search_teachers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,36 @@ def best_known(problem: Problem, *, evaluations: int, seed: int) -> NDArray[np.i
     return found[0][1] if found else None
 
 
+def search_teachers(
+    tasks: Sequence[tuple[Problem, int]], *, evaluations: int, workers: int = 1
+) -> Iterator[NDArray[np.int32] | None]:
+    """Yield what → `best_known` returns for every (problem, seed), in order.
+
+    Args:
+        tasks: Problems and seeds.
+        evaluations: For each problem.
+        workers: Processes; one stays in this process. Their number does not change what is found.
+    """
+    if workers == 1 or len(tasks) < 2:
+        for problem, seed in tasks:
+            yield best_known(problem, evaluations=evaluations, seed=seed)
+        return
+    # Forked, for the problems are large; nothing before has started threads that a child would miss.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_search, [(p, evaluations, s) for p, s in tasks], chunksize=4)
+
+
+def _search(task: tuple[Problem, int, int]) -> NDArray[np.int32] | None:
+    problem, evaluations, seed = task
+    return best_known(problem, evaluations=evaluations, seed=seed)
+
+
 def demonstrate(
-    problems: Sequence[Problem], teachers: Sequence[NDArray[np.int32] | None], *, max_devices: int
+    problems: Sequence[Problem],
+    teachers: Sequence[NDArray[np.int32] | None],
+    *,
+    max_devices: int,
+    hard_masks: bool = True,
 ) -> Demonstrations:
     """Replay teachers' placements and record every decision that had a choice.
 
@@ -57,6 +87,7 @@ def demonstrate(
         problems: Problems.
         teachers: int32[N] for each, or None.
         max_devices: Rows of the recorded features.
+        hard_masks: See `PartialPlacement`.
 
     Raises:
         InputError: If nothing is left to learn from.
@@ -65,7 +96,7 @@ def demonstrate(
     for problem, teacher in zip(problems, teachers, strict=True):
         if teacher is None:
             continue
-        placement = PartialPlacement(problem)
+        placement = PartialPlacement(problem, masks=hard_masks)
         for action in placement.actions(teacher):
             if placement.done or not placement.mask[action]:
                 break

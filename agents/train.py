@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,19 +27,22 @@ from autoplace.policy.network import PolicyConfig, PolicyNetwork
 from autoplace.policy.policy import Policy
 from autoplace.problem import Problem
 
+from .captured import available
 from .card import write_card
 from .checkpoints import Checkpoint, Checkpoints
 from .distribution import held_out_problems, training_problems
 from .evaluate import Bench
 from .experience import Experience
-from .imitation import Demonstrations, best_known, clone_epoch, demonstrate
+from .imitation import Demonstrations, clone_epoch, demonstrate, search_teachers
 from .measured import MeasuredCase, ReferencedEvaluator, measured_config
 from .ppo import PpoConfig, PpoTrainer, single_thread
 
-__all__ = ["STAGES", "TrainConfig", "train"]
+__all__ = ["PARTS", "STAGES", "TrainConfig", "train"]
 
 STAGES = ("imitate", "simulate", "measure")
 """The stages, in order."""
+PARTS = ("imitation", "message-passing", "masks")
+"""What an ablation can leave out: the stage imitate, the columns propagated over the graph, the hard masks."""
 
 Log = Callable[[dict[str, float], int], None]
 Progress = Callable[[str, int, int], None]
@@ -53,27 +57,33 @@ class TrainConfig:
     stages: tuple[str, ...] = ("imitate", "simulate")
     """Which of `STAGES` to run; they run in that order."""
     seed: int = 0
-    problems: int = 600
-    """Synthetic training problems."""
-    max_ops: int = 120
-    """Largest number of ops of those, about."""
-    max_devices: int = 8
+    problems: int = 800
+    """Training problems that are drawn."""
+    captured: float = 0.3
+    """Share of them whose graph is captured from a `transformers` model; 0 where that is not installed."""
+    max_ops: int = 300
+    """Largest number of ops of those, about; most are much smaller."""
+    max_devices: int = 16
     """Largest number of devices of any problem in training; the policy itself has no limit."""
-    teacher_evaluations: int = 1500
+    teacher_evaluations: int = 20_000
     """Simulations that the teacher may spend on each problem."""
+    workers: int = 2
+    """Processes that search for teachers; their number changes nothing but the time."""
     imitate_epochs: int = 30
     imitate_learning_rate: float = 2e-3
     """At the start; falls to a tenth by a half cosine."""
-    simulate_steps: int = 2_000_000
+    simulate_steps: int = 5_000_000
     """Decisions of the simulated stage, rounded up to whole chunks."""
     measure_plans: int = 100
     """Real plans of the measured stage, rounded up to whole updates."""
-    validation: int = 48
+    validation: int = 96
     """Training-family problems that choose among checkpoints."""
-    held_out: int = 60
+    held_out: int = 96
     """Held-out problems of the final evaluation."""
     hidden: int = 32
     """Width of the network."""
+    without: tuple[str, ...] = ()
+    """Which of `PARTS` to leave out, for ablations."""
     ppo: PpoConfig = field(default_factory=PpoConfig)
     start: Path | None = None
     """Policy directory to start from; None = fresh weights."""
@@ -85,9 +95,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if unknown := [s for s in self.stages if s not in STAGES]:
             raise InputError(f"stage {unknown[0]!r} is unknown; use {', '.join(STAGES)}")
+        if unknown := [s for s in self.without if s not in PARTS]:
+            raise InputError(f"there is no part {unknown[0]!r} to leave out; use {', '.join(PARTS)}")
         if not self.stages:
             raise InputError(f"no stage to train; use one or more of {', '.join(STAGES)}")
-        for name in ("problems", "imitate_epochs", "simulate_steps", "measure_plans", "max_devices", "max_ops"):
+        if not 0.0 <= self.captured <= 1.0:
+            raise InputError(f"captured is {self.captured}; use a share from 0 to 1")
+        for name in (
+            "workers",
+            "problems",
+            "imitate_epochs",
+            "simulate_steps",
+            "measure_plans",
+            "max_devices",
+            "max_ops",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; use 1 or more")
 
@@ -143,32 +165,33 @@ class _Training:
         self.progress = progress or (lambda phase, done, total: None)
         devices = [p.num_devices for p in model_problems] + [c.problem.num_devices for c in measured]
         self.max_devices = max([config.max_devices, *devices])
-        synthetic = training_problems(
-            config.problems, seed=config.seed, max_ops=config.max_ops, max_devices=config.max_devices
-        )
+        self.captured = config.captured if available() else 0.0
+        drawn = self._draw(training_problems, config.problems, config.seed)
         repeats = math.ceil(config.problems / 3 / len(model_problems)) if model_problems else 0
-        self.problems = synthetic + model_problems
-        self.weighted = synthetic + model_problems * repeats
+        self.problems = drawn + model_problems
+        self.weighted = drawn + model_problems * repeats
         self.network = self._network()
         self.checkpoints = Checkpoints(config.output / "checkpoints", _identity(config, model_problems, measured))
         self.at = Checkpoint(stage=self.stages[0], weights=self.network.tensors())
         self._bench: Bench | None = None
+        self._since = time.perf_counter()
 
     @property
     def stages(self) -> list[str]:
         """The stages to run, in their order."""
-        return [s for s in STAGES if s in self.config.stages]
+        left_out = {"imitate"} if "imitation" in self.config.without else set()
+        return [s for s in STAGES if s in self.config.stages and s not in left_out]
+
+    def _draw(self, draw: Callable[..., list[Problem]], count: int, seed: int) -> list[Problem]:
+        """Draw problems of one side of the split."""
+        config = self.config
+        return draw(count, seed=seed, max_ops=config.max_ops, max_devices=config.max_devices, captured=self.captured)
 
     @property
     def bench(self) -> Bench:
         """The validation problems; none of them is trained on, all are of the training families."""
         if self._bench is None:
-            drawn = training_problems(
-                self.config.validation,
-                seed=self.config.seed + 1_000_003,
-                max_ops=self.config.max_ops,
-                max_devices=self.config.max_devices,
-            )
+            drawn = self._draw(training_problems, self.config.validation, self.config.seed + 1_000_003)
             self._bench = Bench(drawn)
         return self._bench
 
@@ -181,7 +204,9 @@ class _Training:
             self.network.load_tensors(found.weights)
         for stage in self.stages[self.stages.index(self.at.stage) :]:
             if stage != self.at.stage:
-                self.at = Checkpoint(stage=stage, weights=self.network.tensors(), step=self.at.step)
+                at = self.at
+                self.at = Checkpoint(stage=stage, weights=self.network.tensors(), step=at.step, seconds=at.seconds)
+            self._since = time.perf_counter()
             getattr(self, f"_{stage}")()
             if self.at.best:
                 self.network.load_tensors(self.at.best)
@@ -190,13 +215,20 @@ class _Training:
     def _network(self) -> PolicyNetwork:
         if self.config.start is not None:
             return Policy.load(self.config.start).network()
-        return PolicyNetwork(PolicyConfig(hidden=self.config.hidden), seed=self.config.seed)
+        without = self.config.without
+        shape = PolicyConfig(
+            hidden=self.config.hidden, message_passing="message-passing" not in without, masks="masks" not in without
+        )
+        return PolicyNetwork(shape, seed=self.config.seed)
 
     def _keep(self, chunk: int, metrics: dict[str, float], optimizer: dict[str, Any], *, validate: bool) -> None:
         """Validate the network as it is, log, and write a checkpoint."""
         at = self.at
         at.weights, at.chunk, at.optimizer = self.network.tensors(), chunk, optimizer
         at.step += 1
+        now = time.perf_counter()
+        at.seconds[at.stage] = at.seconds.get(at.stage, 0.0) + now - self._since
+        self._since = now
         if validate:
             value = self.bench.log_ratio(Policy.of(self.network))
             metrics = {**metrics, "validation/reward": value}
@@ -222,14 +254,19 @@ class _Training:
 
     def _demonstrations(self) -> Demonstrations:
         """Search the teachers' placements, where no real run has found them, and replay them."""
-        config, teachers = self.config, []
-        for index, problem in enumerate(self.problems):
-            teacher: np.ndarray | None = self.taught.get(id(problem))
-            if teacher is None:
-                teacher = best_known(problem, evaluations=config.teacher_evaluations, seed=config.seed + index)
-            teachers.append(teacher)
-            self.progress("search for teachers", index + 1, len(self.problems))
-        return demonstrate(self.problems, teachers, max_devices=self.max_devices)
+        config, total = self.config, len(self.problems)
+        untaught = [index for index, problem in enumerate(self.problems) if id(problem) not in self.taught]
+        teachers = [self.taught.get(id(problem)) for problem in self.problems]
+        searched = search_teachers(
+            [(self.problems[i], config.seed + i) for i in untaught],
+            evaluations=config.teacher_evaluations,
+            workers=config.workers,
+        )
+        for done, (index, teacher) in enumerate(zip(untaught, searched, strict=True), start=total - len(untaught) + 1):
+            teachers[index] = teacher
+            self.progress("search for teachers", done, total)
+        masks = self.network.config.masks
+        return demonstrate(self.problems, teachers, max_devices=self.max_devices, hard_masks=masks)
 
     def _simulate(self) -> None:
         config = self.config
@@ -297,10 +334,7 @@ class _Training:
         """Evaluate on held-out problems and write the policy directory."""
         config = self.config
         policy = Policy.of(self.network)
-        drawn = held_out_problems(
-            config.held_out, seed=config.seed, max_ops=config.max_ops, max_devices=config.max_devices
-        )
-        bench = Bench(drawn)
+        bench = Bench(self._draw(held_out_problems, config.held_out, config.seed))
         self.progress("evaluate", 0, 2)
         greedy = bench.compare(policy)
         self.progress("evaluate", 1, 2)
@@ -309,7 +343,8 @@ class _Training:
         ratios = {f"held_out/{name}": r["geometric_mean"] for name, r in greedy["ratio"].items()}
         self.log(ratios, self.at.step + 1)
         target = config.output / "policy"
-        policy.save(target, card=write_card(config, len(self.problems), evaluation), evaluation=evaluation)
+        card = write_card(config, len(self.problems), self.captured, evaluation, self.at.seconds)
+        policy.save(target, card=card, evaluation=evaluation)
         return target
 
 
@@ -323,7 +358,7 @@ def _identity(
     config: TrainConfig, model_problems: Sequence[Problem], measured: Sequence[MeasuredCase]
 ) -> dict[str, Any]:
     """Return what must be the same for a run to be resumed."""
-    facts = {k: v for k, v in asdict(config).items() if k not in ("output", "resume", "command", "start")}
+    facts = {k: v for k, v in asdict(config).items() if k not in ("output", "resume", "command", "start", "workers")}
     facts["start"] = None if config.start is None else str(config.start)
     facts["models"] = [p.graph.fingerprint for p in model_problems]
     facts["measured"] = [c.problem.graph.fingerprint for c in measured]

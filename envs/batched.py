@@ -122,13 +122,7 @@ class PlacementVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.in
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return bool[B, max_devices], the devices offered for the current classes."""
-        if self.hard_masks:
-            return self._allowed.copy() if self.copy else self._allowed
-        offered = np.zeros_like(self._allowed)
-        for i, (entry, state) in enumerate(zip(self._entries, self._states, strict=True)):
-            row = entry.tables.can_run[int(state.numbers[STEP])]
-            offered[i, : len(row)] = row
-        return offered
+        return self._allowed.copy() if self.copy else self._allowed
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -145,7 +139,7 @@ class PlacementVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.in
         self._seed(seed)
         chosen = (options or {}).get("problem")
         self._entries = [self._draw(i) if chosen is None else self._entry(chosen) for i in range(self.num_envs)]
-        self._states = [entry.take_state() for entry in self._entries]
+        self._states = [entry.take_state(masks=self.hard_masks) for entry in self._entries]
         self._slots = new_slots(self._entries[0].tables, self._states[0], self.num_envs)
         infos: dict[str, Any] = {}
         for index, entry in enumerate(self._entries):
@@ -198,9 +192,9 @@ class PlacementVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.in
             self._paid += rewards
         ended = self._end(np.flatnonzero(terminations), actions, rewards)
         for index, _ in ended:
-            self._entries[index].states.append(self._states[index])
+            self._entries[index].states[self.hard_masks].append(self._states[index])
             self._entries[index] = self._draw(index)
-            self._states[index] = self._entries[index].take_state()
+            self._states[index] = self._entries[index].take_state(masks=self.hard_masks)
             self._start(index)
         return self._seen(), rewards, terminations, ended
 

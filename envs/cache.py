@@ -109,12 +109,12 @@ class Entry:
     tables: Tables
     evaluator: Evaluator
     log_reference: float | None = None
-    states: list[State] = field(default_factory=list)
-    """Of finished placements, to be used again."""
+    states: dict[bool, list[State]] = field(default_factory=lambda: {True: [], False: []})
+    """Of finished placements, to be used again, by whether their masks are hard."""
 
-    def take_state(self) -> State:
-        """Return a state; what is in it is left from before."""
-        return self.states.pop() if self.states else new_state(self.tables)
+    def take_state(self, *, masks: bool) -> State:
+        """Return a state with hard masks or without; what is in it is left from before."""
+        return self.states[masks].pop() if self.states[masks] else new_state(self.tables, masks=masks)
 
 
 def _plain(tables: Tables) -> Tables:

@@ -36,7 +36,8 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
     `action_masks()` returns bool[max_devices], the hard mask: true where the class can run, its memory fits, its
     neighbours can be reached, and the rest can still be placed (`policy.partial.fill_mask` has the exact rule).
     Co-located ops move as one. An action that the hard mask forbids ends the episode as infeasible. With
-    `hard_masks=False` the mask offers every device that can run the class, and the other choices are merely punished.
+    `hard_masks=False` the mask, and the column that shows it, offer every device that can run the class; what then
+    turns out not to fit is merely punished, at the end.
 
     ## Observation Space
     `Box(-10, 10, (max_devices, F), float32)`: a row per device, then rows of zeros. Columns, all ratios, flags and log
@@ -150,10 +151,7 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return bool[max_devices], the devices offered for the current class; all false after the last."""
-        mask, placement = np.zeros(self.max_devices, np.bool_), self.placement
-        allowed = placement.mask
-        if not self.hard_masks and not placement.done:
-            allowed = placement.tables.can_run[placement.step]
+        mask, allowed = np.zeros(self.max_devices, np.bool_), self.placement.mask
         mask[: len(allowed)] = allowed
         return mask
 
@@ -177,7 +175,7 @@ class PlacementEnv(gym.Env[NDArray[np.float32], np.int64]):
                 f"problem {problem.name!r} has {problem.num_devices} devices and the environment was made for "
                 f"{self.max_devices}; pass a larger max_devices"
             )
-        self._placement = PartialPlacement(problem, self._cache.entry(problem).tables)
+        self._placement = PartialPlacement(problem, self._cache.entry(problem).tables, masks=self.hard_masks)
         self._paid = 0.0
         self._start_estimate = self.placement.log_estimate
         return self._observation(), {"problem": self.problem.name}

@@ -49,11 +49,24 @@ def train(
     records_dir: Annotated[
         Path | None, typer.Option("--records-dir", help="Folder of those records; default: the data directory's.")
     ] = None,
-    problems: Annotated[int, typer.Option("--problems", help="Synthetic training problems.")] = 600,
+    problems: Annotated[int, typer.Option("--problems", help="Training problems that are drawn.")] = 800,
+    captured: Annotated[
+        float, typer.Option("--captured", help="Share of them that are graphs of `transformers` models.")
+    ] = 0.3,
+    max_ops: Annotated[int, typer.Option("--max-ops", help="Largest number of ops of those, about.")] = 300,
+    max_devices: Annotated[int, typer.Option("--max-devices", help="Largest number of devices of those.")] = 16,
+    teacher_evaluations: Annotated[
+        int, typer.Option("--teacher-evaluations", help="Placements simulated to find each problem's teacher.")
+    ] = 20_000,
+    workers: Annotated[int, typer.Option("--workers", help="Processes that search for teachers.")] = 2,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", help="Ablation: imitation, message-passing or masks; repeatable."),
+    ] = None,
     epochs: Annotated[int, typer.Option("--epochs", help="Epochs of imitation.")] = 30,
     steps_simulate: Annotated[
         int, typer.Option("--steps-simulate", help="Decisions of PPO by simulation.")
-    ] = 2_000_000,
+    ] = 5_000_000,
     plans_measure: Annotated[int, typer.Option("--plans-measure", help="Real plans of PPO by measurement.")] = 100,
     groups_measure: Annotated[int, typer.Option("--groups-measure", help="Most groups of a measured model.")] = 12,
     microbatches_measure: Annotated[
@@ -88,6 +101,12 @@ def train(
         stages=stages,
         seed=seed,
         problems=problems,
+        captured=captured,
+        max_ops=max_ops,
+        max_devices=max_devices,
+        teacher_evaluations=teacher_evaluations,
+        workers=workers,
+        without=tuple(without or ()),
         imitate_epochs=epochs,
         simulate_steps=steps_simulate,
         measure_plans=plans_measure,

@@ -24,7 +24,7 @@ COLD = 0.03
 _HOTTEST = 10.0
 """First temperature of a chain that has all the time it needs; hotter ones gain nothing [measured: training families,
 50 to 250 ops, 30,000 evaluations]."""
-_HEAT = 0.02
+_HEAT = 0.1
 """Rise of the first temperature with the evaluations a class. A short chain must not leave the valley that it starts
 in: at 2 to 10 evaluations a class descent alone is best, at 200 and more a chain from 10 [measured: as above]."""
 _SLICES = 100

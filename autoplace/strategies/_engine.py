@@ -44,7 +44,7 @@ __all__ = [
     "uniform_prior",
 ]
 
-VALUE, BEST, EVALUATIONS, GUIDED, GRAFTS, ACCEPTED = range(6)
+VALUE, BEST, EVALUATIONS, GUIDED, GRAFTS, ACCEPTED, WORSE, LOSSES = range(8)
 """Places in `Walk.numbers`."""
 _TRIES = 2000
 """Draws in a row that may give no move before a walk ends: nothing else can be reached."""
@@ -121,7 +121,8 @@ class Walk(NamedTuple):
     used: NDArray[np.float64]
     """float64[D], memory of `now`, bytes."""
     numbers: NDArray[np.float64]
-    """J of `now`, J of `best`, evaluations spent, chance that a class is moved by the prior, moves accepted."""
+    """J of `now`, J of `best`, evaluations spent, chance that a class is moved by the prior, chance of a graft, moves
+    accepted, moves to something worse that were tried, and those of them that were accepted."""
     random: NDArray[np.uint64]
     """uint64[1]."""
     classes: NDArray[np.int32]
@@ -153,7 +154,7 @@ def new_walk(space: Space, *, seed: int) -> Walk:
         now=np.zeros(classes, np.int32),
         best=np.zeros(classes, np.int32),
         used=np.zeros(devices),
-        numbers=np.zeros(6),
+        numbers=np.zeros(8),
         random=np.random.SeedSequence(seed).generate_state(1, np.uint64) | np.uint64(1),
         classes=np.zeros(classes, np.int32),
         targets=np.zeros(classes, np.int32),
@@ -480,9 +481,13 @@ def _entries(version):  # type: ignore[no-untyped-def]
             heat *= ratio
             numbers[EVALUATIONS] += 1.0
             value = trial(local, walk.ops, walk.devices, _spread(space, walk, size), limit)
+            if value > numbers[VALUE]:
+                numbers[WORSE] += 1.0
             if value > limit or value == math.inf:
                 _take_back(space, walk, size)
                 continue
+            if value > numbers[VALUE]:
+                numbers[LOSSES] += 1.0
             keep(local)
             _accept(walk, size, value)
         return count

@@ -134,7 +134,7 @@ def test_without_hard_masks_every_device_that_can_run_the_class_is_offered(probl
         assert env.action_masks().tolist() == [True, True, True, False]
         _, reward, done, _, info = env.step(0)
         total += reward
-    assert "not allowed" in info["reason"] and total == pytest.approx(INFEASIBLE_REWARD)
+    assert not info["feasible"] and total == pytest.approx(INFEASIBLE_REWARD)
 
 
 def test_gymnasium_makes_it_and_its_infos_are_gymnasiums(problem_maker):
