@@ -10,6 +10,7 @@ import numpy as np
 from autoplace.strategies._search import Constructive, Found, Scorer
 from autoplace.strategies._support import View
 from autoplace.strategies.chunks import ChunksStrategy
+from autoplace.strategies.dp import PipelineDpStrategy
 from autoplace.strategies.heft import HeftStrategy
 from autoplace.strategies.metf import MetfStrategy
 from autoplace.strategies.random_search import draw
@@ -17,7 +18,13 @@ from autoplace.strategies.single import SingleStrategy
 
 __all__ = ["HEURISTICS", "construct", "draw_feasible"]
 
-HEURISTICS: tuple[type[Constructive], ...] = (SingleStrategy, ChunksStrategy, HeftStrategy, MetfStrategy)
+HEURISTICS: tuple[type[Constructive], ...] = (
+    SingleStrategy,
+    ChunksStrategy,
+    HeftStrategy,
+    MetfStrategy,
+    PipelineDpStrategy,
+)
 """The constructive strategies, in the order in which a small budget serves them."""
 
 _DRAWS = 256

@@ -141,7 +141,7 @@ def test_one_op_on_one_device(name, random_problem):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(InputError, match="'greedy' is unknown; use one of single, chunks, heft, metf, random"):
+    with pytest.raises(InputError, match="'greedy' is unknown; use one of single, chunks, heft, metf, dp, random"):
         make_strategy("greedy")
 
 
