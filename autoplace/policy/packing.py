@@ -10,6 +10,9 @@ from autoplace.problem import Problem
 
 __all__ = ["memory_arrays", "pack"]
 
+HELD_SHARES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)
+"""How much of the activations that are freed early a device is taken to hold at once, first what is safe."""
+
 
 def _pack(pack_order, need, can_run, left, first, skip, assignment):
     """Try to fit the classes from `first` on into the memory left, largest first, each where most is left.
@@ -51,8 +54,8 @@ def memory_arrays(
 ) -> tuple[dict[str, NDArray], bool]:
     """Return need, order of packing and certificate of the classes, and whether memory is limited.
 
-    Activations that are freed early count in full where everything fits that way; else not at all, and the evaluator,
-    which knows what lives when, has the last word.
+    Of the activations that are freed early counts the largest of `HELD_SHARES` with which everything fits: what lives
+    when depends on the schedule, and the evaluator, which knows it, has the last word.
 
     Args:
         problem: What is placed.
@@ -63,9 +66,10 @@ def memory_arrays(
     graph = problem.graph
     capacity = np.asarray([d.memory_bytes for d in problem.cluster.devices], np.float64)
     limited = bool(np.isfinite(capacity).any())
-    held = graph.weight_bytes + np.where(graph.frees, 0, graph.activation_bytes)
-    for amounts in (graph.weight_bytes + graph.activation_bytes, held):
-        need = np.add.reduceat(amounts[members].astype(np.float64), offsets[:-1])
+    shares = HELD_SHARES if graph.frees.any() else (1.0,)
+    for share in shares:
+        amounts = graph.weight_bytes + np.where(graph.frees, share, 1.0) * graph.activation_bytes
+        need = np.add.reduceat(amounts[members], offsets[:-1])
         pack_order = np.argsort(-need, kind="stable").astype(np.int32)
         certificate = np.full(len(need), -1, np.int32)
         packed = limited and _pack_from_python(pack_order, need, can_run, capacity.copy(), 0, -1, certificate)
