@@ -39,13 +39,17 @@ class GuidedConfig:
     """How the budget is spent. Figures were chosen on problems of the training families."""
 
     sample_share: float = 0.25
-    """Part of the budget left by the heuristics that samples of the policy may take."""
+    """Part of the evaluations left by the heuristics that samples of the policy may take."""
+    sample_seconds: float = 0.1
+    """Part of the time that they may take."""
     most_samples: int = 256
     """Samples at most."""
     most_cells: int = 1_000_000
     """(op, device) pairs that the policy may score for samples at most."""
     guided: float = 0.5
-    """Chance that a moved class and its device come from the policy."""
+    """Chance that a moved class and its device come from the policy, in a short chain."""
+    guided_length: float = 20.0
+    """Evaluations a class from which on that chance falls, in inverse proportion: what the policy knows is used up."""
     grafts: float = 0.1
     """Chance that a move of a single chain copies a part of a donor."""
     donors: int = 16
@@ -68,6 +72,8 @@ class GuidedConfig:
     """Placements of a window at most."""
     coarse_from: int = 400
     """Classes from which on coarser graphs are searched first."""
+    coarse_length: float = 10.0
+    """Evaluations a class of the budget from which on coarser graphs are left out."""
     coarse_share: float = 0.5
     """Part of the budget that coarser graphs have."""
 
@@ -111,10 +117,8 @@ class GuidedStrategy(Placer):
             found = _best([*starts, *run.proposals()])
             if not found:
                 return []
-            if scorer.view.num_classes >= self.config.coarse_from and not limited.clock.spent:
-                found = _best([*found, *run.coarser(found)])
-            if not limited.clock.spent:
-                found = _best([*found, *run.chains(found)])
+            found = _best([*found, *run.coarser(found)])
+            found = _best([*found, *run.chains(found)])
         return found[: self.keep]
 
 
@@ -128,6 +132,16 @@ class _Run:
         self.scorer = scorer
         self.seed = seed
         self._tables: Tables | None = None
+        self._annealer: Annealer | None = None
+
+    @property
+    def annealer(self) -> Annealer:
+        """What runs chains on the problem."""
+        from autoplace.strategies._chains import Annealer
+
+        if self._annealer is None:
+            self._annealer = Annealer(self.scorer)
+        return self._annealer
 
     @property
     def tables(self) -> Tables:
@@ -149,7 +163,8 @@ class _Run:
         if clock.limits.evaluations is not None:
             left = clock.limits.evaluations - clock.evaluations
             wanted = min(wanted, int(config.sample_share * left))
-        until = clock.progress + config.sample_share * (1.0 - clock.progress)
+        share = config.sample_seconds if clock.limits.evaluations is None else config.sample_share
+        until = clock.progress + share * (1.0 - clock.progress)
         batch = max(1, min(32, 50_000 // cells))
         drawn = 0
         while drawn < wanted and clock.progress < until:
@@ -160,10 +175,15 @@ class _Run:
         return found
 
     def coarser(self, found: Found) -> Found:
-        """Search on coarser graphs; return what that comes to on the whole one."""
+        """Search on coarser graphs, where the whole one is too large for the budget; return what that comes to."""
         from autoplace.strategies.multilevel import MultilevelStrategy
 
-        policy, config = self.policy, self.config
+        policy, config, clock = self.policy, self.config, self.scorer.clock
+        if self.scorer.view.num_classes < config.coarse_from or clock.spent:
+            return []
+        first = self.annealer.pilot(found[0], seed=self.seed)
+        if self.annealer.evaluations_a_class() >= config.coarse_length or clock.spent:
+            return first
         inner = GuidedStrategy(policy, config)
         refine = GuidedStrategy(None, config)
         levels = MultilevelStrategy(
@@ -171,13 +191,15 @@ class _Run:
             lambda scorer, starts, seed: _Run(refine, scorer, seed).chains(starts),
         )
         with self.scorer.share(config.coarse_share) as lent:
-            return levels.improve(lent, found, seed=self.seed)
+            return levels.improve(lent, _best([*first, *found]), seed=self.seed)
 
     def chains(self, found: Found) -> Found:
         """Anneal until the budget is spent: one chain, or several and then grafts between them."""
-        from autoplace.strategies._chains import Annealer, hot_for
+        from autoplace.strategies._chains import hot_for
 
-        annealer, config, clock = Annealer(self.scorer), self.config, self.scorer.clock
+        annealer, config, clock = self.annealer, self.config, self.scorer.clock
+        if clock.spent:
+            return found
         found = _best([*found, *annealer.pilot(found[0], seed=self.seed)])
         length, begun = annealer.evaluations_a_class(), clock.progress
         count = int(min(config.most_chains, max(1.0, config.first_share * length / config.chain_length)))
@@ -191,7 +213,8 @@ class _Run:
             elites.append(
                 annealer.chain(
                     start, until=until, seed=self.seed * 1009 + index, hot=hot_for(length * share / count),
-                    scale=scale, prior=prior, guided=self._guided, grafts=config.grafts if count == 1 else 0.0,
+                    scale=scale, prior=prior, guided=self._guided(length * share / count),
+                    grafts=config.grafts if count == 1 else 0.0,
                 )
             )  # fmt: skip
         if count > 1:
@@ -200,9 +223,11 @@ class _Run:
         best.append(self._windows(annealer, best[0]))
         return _best(best)
 
-    @property
-    def _guided(self) -> float:
-        return 0.0 if self.policy is None else self.config.guided
+    def _guided(self, length: float) -> float:
+        """Return the chance that a chain of so many evaluations a class asks the policy."""
+        if self.policy is None:
+            return 0.0
+        return self.config.guided * min(1.0, self.config.guided_length / max(length, 1e-9))
 
     def _graft(self, annealer: Annealer, elites: Found, end: float, scale: float) -> Found:
         """Run chains from the best placement that copy parts of the others."""
@@ -216,7 +241,7 @@ class _Run:
             elites.append(
                 annealer.chain(
                     elites[0], until=until, seed=self.seed * 1009 + 501 + index, hot=config.graft_heat, scale=scale,
-                    prior=prior, guided=self._guided, grafts=config.graft_chance,
+                    prior=prior, guided=self._guided(length / chains), grafts=config.graft_chance,
                 )
             )  # fmt: skip
         return elites
@@ -226,7 +251,7 @@ class _Run:
         devices = max(2, self.scorer.problem.num_devices)
         size = max(2, int(np.log(self.config.window_placements) / np.log(devices)))
         prior = self._prior(annealer, start[1], [])
-        return annealer.windows(start, size=size, seed=self.seed * 1009 + 999, prior=prior, guided=self._guided)
+        return annealer.windows(start, size=size, seed=self.seed * 1009 + 999, prior=prior, guided=self._guided(1.0))
 
     def _prior(self, annealer: Annealer, assignment: NDArray[np.int32], donors: Found) -> Prior:
         """Return what the policy would do about a placement, and the donors."""

@@ -1,4 +1,4 @@
-"""All strategies on one budget: the heuristics, then the learned policy, then annealing from the best so far.
+"""All strategies on one budget: the heuristics, then what searches on its own, then searches from the best so far.
 
 Never worse than the best of the heuristics that the budget serves, by construction: they come first, and what they find
 is only ever replaced by something better. Anytime: the best so far is what comes back.
@@ -19,13 +19,16 @@ from autoplace.problem import Problem
 from autoplace.strategies._base import Budget, Strategy
 from autoplace.strategies._search import Constructive, Found, Placer, Scorer
 from autoplace.strategies.annealing import AnnealingStrategy
+from autoplace.strategies.guided import GuidedStrategy
 from autoplace.strategies.heuristics import construct, draw_feasible
 from autoplace.strategies.infeasible import explain_infeasible
 
 __all__ = ["Comparison", "Proposal", "best_of", "compare"]
 
 _PROPOSER_SHARE = 0.4
-"""Part of what the heuristics leave that all proposers together (the learned policy) may spend before annealing."""
+"""Part of what the heuristics leave that all proposers together may spend before the searches from the best."""
+_IMPROVERS = (AnnealingStrategy, GuidedStrategy)
+"""Those searches."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +62,8 @@ def compare(problem: Problem, strategies: Sequence[Strategy], budget: Budget, se
     """Let strategies share a budget.
 
     Constructive ones come first, those that search on their own next, each with an equal part of their share of the
-    budget, and annealing last, from the best so far. Where nothing is found before, it starts from random placements.
+    budget, and annealing and the guided search last, from the best so far. Where nothing is found before, they start
+    from random placements.
 
     Args:
         problem: What to place.
@@ -69,8 +73,8 @@ def compare(problem: Problem, strategies: Sequence[Strategy], budget: Budget, se
     """
     scorer = Scorer(problem, budget.start())
     builders = [s for s in strategies if isinstance(s, Constructive)]
-    improvers = [s for s in strategies if isinstance(s, AnnealingStrategy)]
-    others = [s for s in strategies if not isinstance(s, (Constructive, AnnealingStrategy))]
+    improvers = [s for s in strategies if isinstance(s, _IMPROVERS)]
+    others = [s for s in strategies if not isinstance(s, (Constructive, *_IMPROVERS))]
     found: dict[str, Found] = construct(scorer, builders) if builders else {}
     fraction = _PROPOSER_SHARE if improvers else 1.0
     for position, strategy in enumerate(others):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from autoplace.errors import InputError
 from autoplace.strategies._base import Strategy
 from autoplace.strategies.annealing import AnnealingStrategy
+from autoplace.strategies.guided import GuidedStrategy
 from autoplace.strategies.heuristics import HEURISTICS
 from autoplace.strategies.random_search import RandomStrategy
 from autoplace.strategies.replicas import ReplicasStrategy
@@ -15,10 +16,12 @@ from autoplace.strategies.threads import ThreadsStrategy
 if TYPE_CHECKING:
     from autoplace.policy.policy import Policy
 
-__all__ = ["LEARNED", "make_strategy", "placement_strategy_names", "portfolio_strategies", "strategy_names"]
+__all__ = ["GUIDED", "LEARNED", "make_strategy", "placement_strategy_names", "portfolio_strategies", "strategy_names"]
 
 LEARNED = "learned"
 """Name of the strategy that needs a policy."""
+GUIDED = "guided"
+"""Name of the search that uses a policy where there is one."""
 
 _PLACERS: tuple[type[Strategy], ...] = (*HEURISTICS, RandomStrategy, AnnealingStrategy)
 _OTHERS: tuple[type[Strategy], ...] = (ReplicasStrategy, ThreadsStrategy)
@@ -27,12 +30,12 @@ _KINDS: dict[str, type[Strategy]] = {kind.name: kind for kind in _PLACERS + _OTH
 
 def strategy_names() -> tuple[str, ...]:
     """Return the names that `make_strategy` knows, `learned` last."""
-    return (*_KINDS, LEARNED)
+    return (*_KINDS, GUIDED, LEARNED)
 
 
 def placement_strategy_names() -> tuple[str, ...]:
     """Return the names of those whose plans are one assignment and nothing else, `learned` last."""
-    return (*(kind.name for kind in _PLACERS), LEARNED)
+    return (*(kind.name for kind in _PLACERS), GUIDED, LEARNED)
 
 
 def make_strategy(name: str, policy: Policy | None = None) -> Strategy:
@@ -40,7 +43,7 @@ def make_strategy(name: str, policy: Policy | None = None) -> Strategy:
 
     Args:
         name: One of `strategy_names()`.
-        policy: What `learned` proposes with; others don't look at it.
+        policy: What `learned` proposes with and what guides `guided`; others don't look at it.
 
     Raises:
         InputError: If the name is unknown, or `learned` comes without a policy.
@@ -51,13 +54,14 @@ def make_strategy(name: str, policy: Policy | None = None) -> Strategy:
         from autoplace.strategies.learned import LearnedStrategy
 
         return LearnedStrategy(policy)
+    if name == GUIDED:
+        return GuidedStrategy(policy)
     if name not in _KINDS:
         raise InputError(f"strategy {name!r} is unknown; use one of {', '.join(strategy_names())}")
     return _KINDS[name]()
 
 
 def portfolio_strategies(policy: Policy | None = None) -> list[Strategy]:
-    """Return what `best_of` runs when nobody chooses: the heuristics, the policy if there is one, annealing."""
-    learned = [make_strategy(LEARNED, policy)] if policy is not None else []
+    """Return what `best_of` runs when nobody chooses: the heuristics, then the search that the policy guides."""
     heuristics: list[Strategy] = [kind() for kind in HEURISTICS]
-    return [*heuristics, *learned, AnnealingStrategy()]
+    return [*heuristics, GuidedStrategy(policy)]

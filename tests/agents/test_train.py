@@ -85,7 +85,7 @@ def test_starting_from_a_policy_takes_its_weights(finished, tiny):
 
 def test_problems_of_models_are_trained_on(tiny, lanes):
     policy = Policy.load(train(tiny(stages=("imitate",)), model_problems=[lanes[0]]))
-    assert "5 problems, 4 of them synthetic" in policy.card
+    assert "5 problems, 4 of them drawn" in policy.card
 
 
 def test_bad_configurations_are_refused(tiny):

@@ -69,7 +69,7 @@ def test_without_output_standard_output_is_the_answer_alone(problem, capsys):
     } or answer["assignment"] == {
         "embed": "host0/cuda:0", "left": "host0/cpu:0", "right": "host0/cuda:0", "head": "host0/cuda:0"
     }  # fmt: skip
-    assert all(name in captured.err for name in ("single", "chunks", "heft", "metf", "annealing"))
+    assert all(name in captured.err for name in ("single", "chunks", "heft", "metf", "dp", "guided"))
     assert "searched without a learned policy" in captured.err
 
 

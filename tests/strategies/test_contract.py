@@ -108,7 +108,11 @@ def test_the_budget_is_counted_and_kept(name, evaluations, random_problem, monke
     strategy = _make(name)
     plans = strategy.propose(random_problem(2), budget=Budget(evaluations=evaluations))
     assert plans
-    assert sum(scored) == strategy.evaluations <= evaluations
+    # Local moves are counted by the compiled loops; what is left was scored whole.
+    if name in ("annealing", "guided", "multilevel"):
+        assert sum(scored) <= strategy.evaluations <= evaluations
+    else:
+        assert sum(scored) == strategy.evaluations <= evaluations
     if name in ("random", "annealing"):
         assert strategy.evaluations == evaluations
 
