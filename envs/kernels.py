@@ -6,7 +6,6 @@ the fifty arrays of each environment takes longer than a decision.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numba
 from numba.typed import List
 
 import autoplace.policy
+from autoplace.jit import digest
 from autoplace.policy.features import advance, begin
 from autoplace.policy.partial import STEP, current_estimate
 
@@ -25,10 +25,7 @@ RUNNING, FINISHED, STUCK, FORBIDDEN = 0, 1, 2, 3
 
 def _sources_version() -> int:
     """Return a number that changes with the kernels called: numba's cache on disk sees this file alone."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(str(autoplace.policy.__file__)).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return int(digest.hexdigest()[:12], 16)
+    return digest(sorted(Path(str(autoplace.policy.__file__)).parent.glob("*.py")))
 
 
 @numba.njit(cache=True)

@@ -6,41 +6,25 @@ alone, so that entries close over → `sources_version`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
-from typing import Any
 
 import numba
 
-__all__ = ["TINY", "clip", "compiled", "inline", "inline_loose", "scaled", "slog", "sources_version", "total"]
+from autoplace.jit import digest, inline
+
+__all__ = ["TINY", "clip", "inline_loose", "scaled", "slog", "sources_version", "total"]
 
 TINY = 1e-12
 """Guards divisions; far below any latency (ms) or energy (J) that occurs."""
 
-_OPTIONS: dict[str, Any] = {"_nrt": False}
-"""Kernels allocate nothing, so reference counts are left out: else every call counts every array of its tuples."""
-
-inline = numba.njit(forceinline=True, **_OPTIONS)
-"""Compile into the caller."""
-inline_loose = numba.njit(forceinline=True, fastmath={"contract", "reassoc", "nsz"}, **_OPTIONS)
+inline_loose = numba.njit(forceinline=True, fastmath={"contract", "reassoc", "nsz"}, _nrt=False)
 """The same, sums in any order: they then take a vector at a time."""
-
-
-def compiled(function):  # type: ignore[no-untyped-def]
-    """Compile an entry with a cache on disk where there is a place for one, else without."""
-    try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:
-        return numba.njit(**_OPTIONS)(function)
 
 
 def sources_version() -> int:
     """Return a number that changes with the sources of this folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return int(digest.hexdigest()[:12], 16)
+    return digest(sorted(Path(__file__).parent.glob("*.py")))
 
 
 @inline

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoplace.errors import InfeasibleError
-from autoplace.policy._compile import compiled, inline, sources_version
+from autoplace.jit import compiled, inline
+from autoplace.policy._compile import sources_version
 from autoplace.policy.columns import FEATURE_LIMIT, FEATURE_VERSION, FEATURES, NUM_FEATURES, NUM_PAIR
 from autoplace.policy.fill import fill_features
 from autoplace.policy.mask import fill_mask

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from autoplace.policy._compile import TINY, clip, inline, scaled, slog, total
+from autoplace.jit import inline
+from autoplace.policy._compile import TINY, clip, scaled, slog, total
 from autoplace.policy.columns import (
     ALLOWED,
     BALANCE,

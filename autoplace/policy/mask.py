@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoplace.policy._compile import inline
+from autoplace.jit import inline
 from autoplace.policy.partial import CERTIFIED, MASKED, STEP, WORK, certified, repack
 
 __all__ = ["fill_mask"]

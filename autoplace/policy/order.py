@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.jit import compiled
 from autoplace.policy.times import mean_link, pass_latency
 from autoplace.problem import Problem
 
@@ -49,7 +50,7 @@ def _upward_rank(problem: Problem, topological: NDArray[np.int64]) -> NDArray[np
     return upward
 
 
-@numba.njit(cache=True)
+@partial(compiled, allocates=True)
 def _ranks(topological, out_offsets, out_tensors, tensor_bytes, consumer_offsets, consumers, lat, inverse, upward):
     for i in range(len(topological) - 1, -1, -1):
         op = topological[i]
@@ -79,7 +80,7 @@ def levels(
     return level_of, np.bincount(level_of, least).astype(np.float64)
 
 
-@numba.njit(cache=True)
+@partial(compiled, allocates=True)
 def _hop_depths(topological, in_offsets, in_tensors, tensor_producer, depth):
     for op in topological:
         for k in range(in_offsets[op], in_offsets[op + 1]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from autoplace.policy._compile import compiled, inline
+from autoplace.jit import compiled, inline
 from autoplace.problem import Problem
 
 __all__ = ["memory_arrays", "pack"]

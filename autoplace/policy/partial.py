@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoplace.policy._compile import TINY, inline, total
+from autoplace.jit import inline
+from autoplace.policy._compile import TINY, total
 from autoplace.policy.packing import pack
 from autoplace.policy.tables import Tables
 

@@ -7,12 +7,13 @@ direction of the graph, which has no cycles, in one pass. Knows ops and edges, n
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.jit import compiled
 from autoplace.policy.tables import Tables
 
 __all__ = ["Neighbours", "consumers_of", "discounted_sums", "hop_means", "producers_of"]
@@ -86,7 +87,7 @@ def discounted_sums(edges: Neighbours, farthest_first: NDArray[np.int64], signal
     return sums
 
 
-@numba.njit(cache=True)
+@partial(compiled, allocates=True)
 def _mean(offsets, ops, tensors, weights, signals, mean):
     for op in range(len(offsets) - 1):
         total = 0.0
@@ -100,7 +101,7 @@ def _mean(offsets, ops, tensors, weights, signals, mean):
                 mean[op, j] += weight * signals[other, j]
 
 
-@numba.njit(cache=True)
+@partial(compiled, allocates=True)
 def _sums(farthest_first, offsets, ops, signals, discount, sums):
     for op in farthest_first:
         count = offsets[op + 1] - offsets[op]

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoplace.policy._compile import compiled, inline, sources_version
+from autoplace.jit import compiled, inline
+from autoplace.policy._compile import sources_version
 from autoplace.policy.columns import NUM_FEATURES
 from autoplace.policy.fill import fill_moving
 from autoplace.policy.mask import fill_mask

@@ -6,11 +6,12 @@ Their meaning stands in → `policy.columns`, in the order in which they are mad
 from __future__ import annotations
 
 import math
+from functools import partial
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.jit import compiled
 from autoplace.policy._compile import TINY
 from autoplace.policy.columns import CLASS_OWN, CLASS_SPREAD, FEATURE_LIMIT, PAIR_OWN, PAIR_SPREAD, WHOLE
 from autoplace.policy.propagate import consumers_of, discounted_sums, hop_means, producers_of
@@ -261,7 +262,7 @@ def _widths(tables: Tables, depth: Doubles, to_end: Doubles) -> tuple[NDArray[np
     return found[0], found[1]
 
 
-@numba.njit(cache=True)
+@partial(compiled, allocates=True)
 def _longest_paths(topological, in_offsets, in_tensors, tensor_producer, least, depth):
     for op in topological:
         for k in range(in_offsets[op], in_offsets[op + 1]):

@@ -11,12 +11,13 @@ device to the end of the graph, every later op on the device that suits it best 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.jit import compiled
 from autoplace.policy._compile import TINY
 from autoplace.policy.order import decision_order, group_by, levels
 from autoplace.policy.packing import memory_arrays
@@ -250,7 +251,7 @@ def _finite_min(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(least), least, 0.0)
 
 
-@numba.njit(cache=True)
+@partial(compiled, allocates=True)
 def _tails(
     topological, out_offsets, out_tensors, tensor_bytes, consumer_offsets, consumers, latency, link_latency, inverse
 ):

@@ -5,7 +5,8 @@ An op's finish then says at once when its results arrive. The rules are those of
 
 from __future__ import annotations
 
-from autoplace.simulate.primitives import IDLE, INF, carry, inline, push, take
+from autoplace.jit import inline
+from autoplace.simulate.primitives import IDLE, INF, carry, push, take
 
 __all__ = ["begin_op", "foresee", "next_round", "simulate_ahead", "spreading"]
 

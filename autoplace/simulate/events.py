@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autoplace.jit import inline
 from autoplace.simulate.ahead import foresee, simulate_ahead
 from autoplace.simulate.primitives import (
     IDLE,
@@ -9,7 +10,6 @@ from autoplace.simulate.primitives import (
     carry,
     clear,
     deliver,
-    inline,
     log_transfer,
     pop,
     push,

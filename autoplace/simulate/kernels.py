@@ -28,8 +28,9 @@ Rules, so that every figure has exactly one value (DESIGN section 5 says the res
 
 from __future__ import annotations
 
+from autoplace.jit import compiled, inline
 from autoplace.simulate.events import simulate
-from autoplace.simulate.primitives import INF, clear, compiled, inline, sources_version, transfer_ms
+from autoplace.simulate.primitives import INF, clear, sources_version, transfer_ms
 
 __all__ = ["CANNOT_RUN", "CANNOT_TALK", "COLOCATION", "FEASIBLE", "MEMORY", "evaluate_plans"]
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.jit import inline
 from autoplace.simulate.arrays import Arrays
-from autoplace.simulate.primitives import INF, inline, transfer_ms
+from autoplace.simulate.primitives import INF, transfer_ms
 
 __all__ = [
     "APART",

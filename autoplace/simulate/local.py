@@ -15,7 +15,6 @@ What a move costs:
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.jit import compiled, digest, inline
 from autoplace.simulate.arrays import Arrays
 from autoplace.simulate.evaluator import SimulatedEvaluator
 from autoplace.simulate.kernels import evaluate_plans
@@ -43,7 +43,7 @@ from autoplace.simulate.loads import (
     weights_fit,
 )
 from autoplace.simulate.marks import Runs, build_runs, mark_before
-from autoplace.simulate.primitives import INF, compiled, inline, rank, sources_version
+from autoplace.simulate.primitives import INF, rank, sources_version
 from autoplace.simulate.restart import COLD, fill_least, fill_paths, run
 
 __all__ = ["Local", "begin", "keep", "local_version", "new_local", "trial"]
@@ -130,10 +130,7 @@ def new_local(evaluator: SimulatedEvaluator) -> Local:
 
 def local_version() -> int:
     """Return a number that changes with the sources of everything that a local move runs."""
-    digest = hashlib.sha256(str(sources_version()).encode())
-    for name in ("local", "loads", "restart"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    return int(digest.hexdigest()[:12], 16)
+    return sources_version() ^ digest(Path(__file__).with_name(f"{name}.py") for name in ("local", "loads", "restart"))
 
 
 @inline

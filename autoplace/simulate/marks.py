@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.jit import inline
 from autoplace.simulate.arrays import HEAP, Arrays
-from autoplace.simulate.primitives import IDLE, INF, inline
+from autoplace.simulate.primitives import IDLE, INF
 
 __all__ = ["EPOCH", "MARKS", "OPEN", "POOL", "Runs", "build_runs", "close_marks", "mark_before", "set_mark",
            "shift_since", "start_at", "steps_by_mark"]  # fmt: skip

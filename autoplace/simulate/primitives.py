@@ -5,21 +5,17 @@ All functions are compiled into their callers and work on the record arrays of `
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
-from typing import Any
 
-import numba
+from autoplace.jit import digest, inline
 
 __all__ = [
     "IDLE",
     "INF",
     "carry",
     "clear",
-    "compiled",
     "deliver",
-    "inline",
     "log_transfer",
     "pop",
     "push",
@@ -33,28 +29,13 @@ __all__ = [
 INF = math.inf
 IDLE = -1
 
-_OPTIONS: dict[str, Any] = {"_nrt": False}
-"""Nothing is allocated here, so reference counts are left out: with them every call counts every array that it passes
-on, and the loop takes five times as long."""
-
-inline = numba.njit(forceinline=True, **_OPTIONS)
-"""Compile into the caller."""
-
-
-def compiled(function):  # type: ignore[no-untyped-def]
-    """Compile with a cache on disk where there is a place for one, else without."""
-    try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:
-        return numba.njit(**_OPTIONS)(function)
-
 
 def sources_version() -> int:
     """Return a number that changes with the simulator's sources: the cache on disk sees the entry's own file alone."""
-    digest = hashlib.sha256()
-    for name in ("primitives", "ahead", "events", "kernels", "marks", "arrays"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    return int(digest.hexdigest()[:12], 16)
+    return digest(
+        Path(__file__).with_name(f"{name}.py")
+        for name in ("primitives", "ahead", "events", "kernels", "marks", "arrays")
+    )
 
 
 @inline

@@ -15,6 +15,7 @@ With `queue: priority` a move changes the order of what comes before it, so noth
 
 from __future__ import annotations
 
+from autoplace.jit import compiled, inline
 from autoplace.simulate.ahead import begin_op, foresee, next_round, spreading
 from autoplace.simulate.marks import (
     EPOCH,
@@ -28,7 +29,7 @@ from autoplace.simulate.marks import (
     start_at,
     steps_by_mark,
 )  # fmt: skip
-from autoplace.simulate.primitives import IDLE, INF, clear, compiled, inline, sources_version, transfer_ms
+from autoplace.simulate.primitives import IDLE, INF, clear, sources_version, transfer_ms
 
 __all__ = ["COLD", "fill_least", "fill_paths", "run"]
 

@@ -6,11 +6,13 @@ They see flat arrays only. Which pairs may be joined at once without closing a c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from autoplace.jit import compiled
 
 __all__ = ["Groups", "join_pairs", "walk"]
 
@@ -38,12 +40,7 @@ class Groups(NamedTuple):
     """float64[D], bytes that a joined cluster may have on each device."""
 
 
-def _compile(function):  # type: ignore[no-untyped-def]
-    """Compile with a cache on disk where there is a place for one, else without."""
-    try:
-        return njit(cache=True)(function)
-    except RuntimeError:
-        return njit(function)
+_compile = partial(compiled, allocates=True)
 
 
 @_compile

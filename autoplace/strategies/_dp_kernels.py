@@ -9,11 +9,13 @@ They know nodes, tensors and moves between states; not what a device is, nor whe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from autoplace.jit import compiled
 
 __all__ = ["FROM_BEFORE", "Charges", "Lattice", "Moves", "Nodes", "run_lattice", "run_line"]
 
@@ -98,12 +100,7 @@ class Moves(NamedTuple):
     states: int
 
 
-def _compile(function):  # type: ignore[no-untyped-def]
-    """Compile with a cache on disk where there is a place for one, else without."""
-    try:
-        return njit(cache=True)(function)
-    except RuntimeError:
-        return njit(function)
+_compile = partial(compiled, allocates=True)
 
 
 @_compile

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autoplace.jit import compiled, inline
 from autoplace.simulate.local import begin, keep, local_version, trial
-from autoplace.simulate.primitives import compiled, inline
 from autoplace.strategies._support import View
 
 __all__ = [

@@ -12,12 +12,12 @@ earlier ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from autoplace.jit import compiled
 from autoplace.strategies._dp_kernels import Lattice, Nodes
 from autoplace.strategies._support import View
 
@@ -27,12 +27,7 @@ _LINKS = 24
 """Ways from an ideal to those with one node less, on average, beyond which ideals are not worth their time."""
 
 
-def _compile(function):  # type: ignore[no-untyped-def]
-    """Compile with a cache on disk where there is a place for one, else without."""
-    try:
-        return njit(cache=True)(function)
-    except RuntimeError:
-        return njit(function)
+_compile = partial(compiled, allocates=True)
 
 
 @dataclass(frozen=True, eq=False)

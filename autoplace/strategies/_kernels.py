@@ -6,11 +6,13 @@ m-ETF, the same plus the gaps looked at for HEFT.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from autoplace.jit import compiled
 
 __all__ = ["Flat", "heft", "metf", "sliding_minimum", "stage_within", "upward_rank"]
 
@@ -59,12 +61,7 @@ _MAX_GAPS = 512
 """Gaps of a device that HEFT looks at for one op before it appends; bounds the cost of very large graphs."""
 
 
-def _compile(function):  # type: ignore[no-untyped-def]
-    """Compile with a cache on disk where there is a place for one, else without."""
-    try:
-        return njit(cache=True)(function)
-    except RuntimeError:
-        return njit(function)
+_compile = partial(compiled, allocates=True)
 
 
 @_compile
