@@ -100,25 +100,32 @@ class PlacementActorCritic(MaskableActorCriticPolicy):
     def _scores_and_values(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores, float32[B, D], and values, float32[B], without computing the rows of most of the padding.
 
-        States go through the network in groups of similar numbers of devices. Absent devices score `ABSENT`.
+        States go through the network in groups of similar numbers of devices; those that come in ascending order of it
+        need no copy. Absent devices score `ABSENT`.
         """
         present = (obs[..., 0] > 0.5).sum(dim=-1).clamp(min=1)
+        if len(obs) < 2 * SMALLEST_GROUP:
+            return self._group(obs, int(present.max()))
         ordered, order = present.sort(stable=True)
-        scores, values, first = [], [], 0
-        while first < len(obs):
+        if in_order := torch.equal(present, ordered):
+            rows = obs
+        else:
+            rows = obs.index_select(0, order)
+        found, first = [], 0
+        while first < len(rows):
             last = _group_end(ordered, first)
-            width = int(ordered[last - 1])
-            # No copy where one group holds all: while steps are collected, groups are not worth their calls.
-            part = obs if last - first == len(obs) else obs.index_select(0, order[first:last])
-            some, valued = self.network(part[:, :width])
-            scores.append(nn.functional.pad(some, (0, obs.shape[1] - width), value=ABSENT))
-            values.append(valued)
+            found.append(self._group(rows[first:last], int(ordered[last - 1])))
             first = last
-        if len(scores) == 1:
-            return scores[0], values[0]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        return torch.cat(scores)[back], torch.cat(values)[back]
+        scores, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if in_order:
+            return scores, values
+        back = order.argsort()
+        return scores[back], values[back]
+
+    def _group(self, obs: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and values of states with `width` devices at most."""
+        scores, values = self.network(obs[:, :width])
+        return nn.functional.pad(scores, (0, obs.shape[1] - width), value=ABSENT), values
 
 
 def _masked(scores: torch.Tensor, masks: np.ndarray | torch.Tensor | None) -> torch.Tensor:
