@@ -44,7 +44,8 @@ def propose(
     Returns:
         Each plan once, however many strategies proposed it; best predicted objective first.
     """
-    names = [n for n in strategy_names() if n != "learned" or policy is not None]
+    left_out = {"exact"} if policy is not None else {"exact", "learned"}  # "exact" refuses all but small problems
+    names = [n for n in strategy_names() if n not in left_out]
     counts = [m for m in microbatches if m <= problem.batch_size] or [1]
     searches = [(count, name) for count in counts for name in names]
     simulator = SimulatedEvaluator(problem)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from autoplace.errors import InputError
 from autoplace.strategies._base import Strategy
 from autoplace.strategies.annealing import AnnealingStrategy
+from autoplace.strategies.exact import ExactStrategy
 from autoplace.strategies.guided import GuidedStrategy
 from autoplace.strategies.heuristics import HEURISTICS
 from autoplace.strategies.random_search import RandomStrategy
@@ -16,14 +17,25 @@ from autoplace.strategies.threads import ThreadsStrategy
 if TYPE_CHECKING:
     from autoplace.policy.policy import Policy
 
-__all__ = ["GUIDED", "LEARNED", "make_strategy", "placement_strategy_names", "portfolio_strategies", "strategy_names"]
+__all__ = [
+    "EXACT",
+    "GUIDED",
+    "LEARNED",
+    "make_strategy",
+    "placement_strategy_names",
+    "portfolio_strategies",
+    "strategy_names",
+]
 
 LEARNED = "learned"
 """Name of the strategy that needs a policy."""
 GUIDED = "guided"
 """Name of the search that uses a policy where there is one."""
 
-_PLACERS: tuple[type[Strategy], ...] = (*HEURISTICS, RandomStrategy, AnnealingStrategy)
+EXACT = "exact"
+"""Name of the strategy that takes small problems alone: for those who ask for it."""
+
+_PLACERS: tuple[type[Strategy], ...] = (*HEURISTICS, RandomStrategy, AnnealingStrategy, ExactStrategy)
 _OTHERS: tuple[type[Strategy], ...] = (ReplicasStrategy, ThreadsStrategy)
 _KINDS: dict[str, type[Strategy]] = {kind.name: kind for kind in _PLACERS + _OTHERS}
 
