@@ -17,23 +17,12 @@ from autoplace.strategies.threads import ThreadsStrategy
 if TYPE_CHECKING:
     from autoplace.policy.policy import Policy
 
-__all__ = [
-    "EXACT",
-    "GUIDED",
-    "LEARNED",
-    "make_strategy",
-    "placement_strategy_names",
-    "portfolio_strategies",
-    "strategy_names",
-]
+__all__ = ["GUIDED", "LEARNED", "make_strategy", "placement_strategy_names", "portfolio_strategies", "strategy_names"]
 
 LEARNED = "learned"
 """Name of the strategy that needs a policy."""
 GUIDED = "guided"
 """Name of the search that uses a policy where there is one."""
-
-EXACT = "exact"
-"""Name of the strategy that takes small problems alone: for those who ask for it."""
 
 _PLACERS: tuple[type[Strategy], ...] = (*HEURISTICS, RandomStrategy, AnnealingStrategy, ExactStrategy)
 _OTHERS: tuple[type[Strategy], ...] = (ReplicasStrategy, ThreadsStrategy)
