@@ -76,6 +76,8 @@ def train(
     energy_weight: Annotated[
         float, typer.Option("--energy-weight", help="w of latency^(1-w) * energy^w that real runs are rewarded for.")
     ] = 0.0,
+    validation: Annotated[int, typer.Option("--validation", help="Problems that choose among checkpoints.")] = 96,
+    held_out: Annotated[int, typer.Option("--held-out", help="Held-out problems of the last evaluation.")] = 96,
     hidden: Annotated[int, typer.Option("--hidden", help="Width of the network.")] = 32,
     ppo: Annotated[
         Path | None, typer.Option("--ppo", help="PPO's hyperparameters: the best.json of `autoplace tune-agent`.")
@@ -87,6 +89,7 @@ def train(
     """Train a placement policy: imitation, PPO on the simulator, PPO on measured runs."""
     from rich.console import Console
 
+    from autoplace.agents.captured import available
     from autoplace.agents.ppo import PpoConfig
     from autoplace.agents.ppo_file import load_ppo
     from autoplace.agents.train import STAGES, TrainConfig
@@ -96,6 +99,8 @@ def train(
     stages = tuple(stage) if stage else STAGES if model else STAGES[:2]
     if not stage and not model:
         console.print("Without --model there is nothing to run for real: the stage measure is left out.")
+    if captured > 0.0 and not available():
+        console.print("transformers is not installed: training looks at synthetic graphs alone.")
     config = TrainConfig(
         output=output,
         stages=stages,
@@ -110,6 +115,8 @@ def train(
         imitate_epochs=epochs,
         simulate_steps=steps_simulate,
         measure_plans=plans_measure,
+        validation=validation,
+        held_out=held_out,
         hidden=hidden,
         ppo=PpoConfig() if ppo is None else load_ppo(ppo),
         start=_find_policy(policy, tracking_uri),
@@ -126,10 +133,17 @@ def train(
 
 
 def _command() -> str:
-    """Return the command line as typed, without the path of the program."""
+    """Return the command line as typed, without the program's path and the store, which may hold a password."""
     import sys
 
-    return shlex.join(["autoplace", *sys.argv[1:]])
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word == "--tracking-uri":
+            next(words, None)
+        elif not word.startswith("--tracking-uri="):
+            kept.append(word)
+    return shlex.join(["autoplace", *kept])
 
 
 def _find_policy(policy: str | None, tracking_uri: str | None) -> Path | None:
