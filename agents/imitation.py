@@ -1,14 +1,11 @@
-"""Imitation: the best plans that search knows, replayed decision by decision, then masked cross-entropy.
+"""Imitation: the best plans that search knows (→ `teachers`), replayed decision by decision, then masked cross-entropy.
 
-Teachers are the heuristics and short annealing from the best of them. Behaviour cloning alone, no queries of the
-teacher on the student's own mistakes: the next stage, PPO, walks those.
+Behaviour cloning alone, no queries of the teacher on the student's own mistakes: the next stage, PPO, walks those.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +16,8 @@ from autoplace.errors import InputError
 from autoplace.policy.features import NUM_FEATURES, PartialPlacement
 from autoplace.policy.network import PolicyNetwork
 from autoplace.problem import Problem
-from autoplace.strategies._base import Budget
-from autoplace.strategies._search import Scorer
-from autoplace.strategies.annealing import AnnealingStrategy
 
-__all__ = ["Demonstrations", "best_known", "clone_epoch", "demonstrate", "search_teachers"]
+__all__ = ["Demonstrations", "clone_epoch", "demonstrate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,37 +33,6 @@ class Demonstrations:
 
     def __len__(self) -> int:
         return len(self.actions)
-
-
-def best_known(problem: Problem, *, evaluations: int, seed: int) -> NDArray[np.int32] | None:
-    """Return the best placement that the heuristics and annealing find, int32[N]; None when none is feasible."""
-    scorer = Scorer(problem, Budget(evaluations=evaluations).start())
-    found = AnnealingStrategy().search(scorer, seed=seed)
-    return found[0][1] if found else None
-
-
-def search_teachers(
-    tasks: Sequence[tuple[Problem, int]], *, evaluations: int, workers: int = 1
-) -> Iterator[NDArray[np.int32] | None]:
-    """Yield what → `best_known` returns for every (problem, seed), in order.
-
-    Args:
-        tasks: Problems and seeds.
-        evaluations: For each problem.
-        workers: Processes; one stays in this process. Their number does not change what is found.
-    """
-    if workers == 1 or len(tasks) < 2:
-        for problem, seed in tasks:
-            yield best_known(problem, evaluations=evaluations, seed=seed)
-        return
-    # Forked, for the problems are large; nothing before has started threads that a child would miss.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(_search, [(p, evaluations, s) for p, s in tasks], chunksize=4)
-
-
-def _search(task: tuple[Problem, int, int]) -> NDArray[np.int32] | None:
-    problem, evaluations, seed = task
-    return best_known(problem, evaluations=evaluations, seed=seed)
 
 
 def demonstrate(

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,90 +28,23 @@ from autoplace.policy.policy import Policy
 from autoplace.problem import Problem
 
 from .captured import available
-from .card import write_card
+from .card import TrainingFacts, training_record, write_card
 from .checkpoints import Checkpoint, Checkpoints
 from .distribution import held_out_problems, training_problems
 from .evaluate import Bench
 from .experience import Experience
-from .imitation import Demonstrations, clone_epoch, demonstrate, search_teachers
+from .imitation import Demonstrations, clone_epoch, demonstrate
 from .measured import MeasuredCase, ReferencedEvaluator, measured_config
 from .ppo import PpoConfig, PpoTrainer, single_thread
+from .teachers import TeacherFile, search_teachers
+from .train_config import PARTS, STAGES, TrainConfig
 
 __all__ = ["PARTS", "STAGES", "TrainConfig", "train"]
 
-STAGES = ("imitate", "simulate", "measure")
-"""The stages, in order."""
-PARTS = ("imitation", "message-passing", "masks")
-"""What an ablation can leave out: the stage imitate, the columns propagated over the graph, the hard masks."""
-
 Log = Callable[[dict[str, float], int], None]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What to train, and for how long."""
-
-    output: Path
-    """Folder for `policy/`, `checkpoints/` and `measured.jsonl`."""
-    stages: tuple[str, ...] = ("imitate", "simulate")
-    """Which of `STAGES` to run; they run in that order."""
-    seed: int = 0
-    problems: int = 800
-    """Training problems that are drawn."""
-    captured: float = 0.3
-    """Share of them whose graph is captured from a `transformers` model; 0 where that is not installed."""
-    max_ops: int = 300
-    """Largest number of ops of those, about; most are much smaller."""
-    max_devices: int = 16
-    """Largest number of devices of any problem in training; the policy itself has no limit."""
-    teacher_evaluations: int = 20_000
-    """Simulations that the teacher may spend on each problem."""
-    workers: int = 2
-    """Processes that search for teachers; their number changes nothing but the time."""
-    imitate_epochs: int = 30
-    imitate_learning_rate: float = 2e-3
-    """At the start; falls to a tenth by a half cosine."""
-    simulate_steps: int = 5_000_000
-    """Decisions of the simulated stage, rounded up to whole chunks."""
-    measure_plans: int = 100
-    """Real plans of the measured stage, rounded up to whole updates."""
-    validation: int = 96
-    """Training-family problems that choose among checkpoints."""
-    held_out: int = 96
-    """Held-out problems of the final evaluation."""
-    hidden: int = 32
-    """Width of the network."""
-    without: tuple[str, ...] = ()
-    """Which of `PARTS` to leave out, for ablations."""
-    ppo: PpoConfig = field(default_factory=PpoConfig)
-    start: Path | None = None
-    """Policy directory to start from; None = fresh weights."""
-    resume: bool = False
-    """Whether to go on from the last checkpoint in the output folder."""
-    command: str = ""
-    """What the person typed, for the card."""
-
-    def __post_init__(self) -> None:
-        if unknown := [s for s in self.stages if s not in STAGES]:
-            raise InputError(f"stage {unknown[0]!r} is unknown; use {', '.join(STAGES)}")
-        if unknown := [s for s in self.without if s not in PARTS]:
-            raise InputError(f"there is no part {unknown[0]!r} to leave out; use {', '.join(PARTS)}")
-        if not self.stages:
-            raise InputError(f"no stage to train; use one or more of {', '.join(STAGES)}")
-        if not 0.0 <= self.captured <= 1.0:
-            raise InputError(f"captured is {self.captured}; use a share from 0 to 1")
-        for name in (
-            "workers",
-            "problems",
-            "imitate_epochs",
-            "simulate_steps",
-            "measure_plans",
-            "max_devices",
-            "max_ops",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; use 1 or more")
+_TEACHERS_KEPT = 50
+"""Teachers found between two writes of their file."""
 
 
 def train(
@@ -171,16 +104,12 @@ class _Training:
         self.problems = drawn + model_problems
         self.weighted = drawn + model_problems * repeats
         self.network = self._network()
-        self.checkpoints = Checkpoints(config.output / "checkpoints", _identity(config, model_problems, measured))
+        self.identity = _identity(config, self.captured, model_problems, measured)
+        self.checkpoints = Checkpoints(config.output / "checkpoints", self.identity)
+        self.stages = config.ordered_stages
         self.at = Checkpoint(stage=self.stages[0], weights=self.network.tensors())
         self._bench: Bench | None = None
         self._since = time.perf_counter()
-
-    @property
-    def stages(self) -> list[str]:
-        """The stages to run, in their order."""
-        left_out = {"imitate"} if "imitation" in self.config.without else set()
-        return [s for s in STAGES if s in self.config.stages and s not in left_out]
 
     def _draw(self, draw: Callable[..., list[Problem]], count: int, seed: int) -> list[Problem]:
         """Draw problems of one side of the split."""
@@ -255,16 +184,18 @@ class _Training:
     def _demonstrations(self) -> Demonstrations:
         """Search the teachers' placements, where no real run has found them, and replay them."""
         config, total = self.config, len(self.problems)
-        untaught = [index for index, problem in enumerate(self.problems) if id(problem) not in self.taught]
-        teachers = [self.taught.get(id(problem)) for problem in self.problems]
-        searched = search_teachers(
-            [(self.problems[i], config.seed + i) for i in untaught],
-            evaluations=config.teacher_evaluations,
-            workers=config.workers,
-        )
-        for done, (index, teacher) in enumerate(zip(untaught, searched, strict=True), start=total - len(untaught) + 1):
-            teachers[index] = teacher
-            self.progress("search for teachers", done, total)
+        file = TeacherFile(config.output / "checkpoints" / "teachers.npz", self.identity, self.problems)
+        teachers = file.load() if config.resume else []
+        tasks = [(p, config.seed + i) for i, p in enumerate(self.problems) if id(p) not in self.taught]
+        first = sum(id(p) not in self.taught for p in self.problems[: len(teachers)])
+        found = search_teachers(tasks[first:], evaluations=config.teacher_evaluations, workers=config.workers)
+        for index in range(len(teachers), total):
+            known = self.taught.get(id(self.problems[index]))
+            teachers.append(next(found) if known is None else known)
+            self.progress("search for teachers", index + 1, total)
+            if index % _TEACHERS_KEPT == 0 or index == total - 1:
+                file.save(teachers)
+        found.close()
         masks = self.network.config.masks
         return demonstrate(self.problems, teachers, max_devices=self.max_devices, hard_masks=masks)
 
@@ -338,12 +269,14 @@ class _Training:
         self.progress("evaluate", 0, 2)
         greedy = bench.compare(policy)
         self.progress("evaluate", 1, 2)
-        evaluation = {"held_out_greedy": greedy, "held_out_32_samples": bench.compare(policy, samples=32)}
+        figures = {"held_out_greedy": greedy, "held_out_32_samples": bench.compare(policy, samples=32)}
         self.progress("evaluate", 2, 2)
         ratios = {f"held_out/{name}": r["geometric_mean"] for name, r in greedy["ratio"].items()}
         self.log(ratios, self.at.step + 1)
         target = config.output / "policy"
-        card = write_card(config, len(self.problems), self.captured, evaluation, self.at.seconds)
+        facts = TrainingFacts(problems=len(self.problems), captured=self.captured, seconds=dict(self.at.seconds))
+        evaluation = {**figures, "training": training_record(config, facts)}
+        card = write_card(config, facts, figures)
         policy.save(target, card=card, evaluation=evaluation)
         return target
 
@@ -355,10 +288,11 @@ def _classes(problem: Problem) -> np.ndarray:
 
 
 def _identity(
-    config: TrainConfig, model_problems: Sequence[Problem], measured: Sequence[MeasuredCase]
+    config: TrainConfig, captured: float, model_problems: Sequence[Problem], measured: Sequence[MeasuredCase]
 ) -> dict[str, Any]:
     """Return what must be the same for a run to be resumed."""
     facts = {k: v for k, v in asdict(config).items() if k not in ("output", "resume", "command", "start", "workers")}
+    facts["captured"] = captured
     facts["start"] = None if config.start is None else str(config.start)
     facts["models"] = [p.graph.fingerprint for p in model_problems]
     facts["measured"] = [c.problem.graph.fingerprint for c in measured]

@@ -31,6 +31,8 @@ def tiny(tmp_path):
         settings = {
             "output": tmp_path / name,
             "problems": 4,
+            "captured": 0.0,
+            "workers": 1,
             "max_ops": 12,
             "max_devices": 3,
             "teacher_evaluations": 40,

@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
 
+from autoplace.agents.captured import MODELS
 from autoplace.agents.distribution import (
     HELD_OUT_CLUSTERS,
     HELD_OUT_FAMILIES,
+    HELD_OUT_MODELS,
     TRAIN_CLUSTERS,
     TRAIN_FAMILIES,
+    TRAIN_MODELS,
     draw_problem,
     held_out_problems,
     training_problems,
@@ -31,6 +34,23 @@ def test_the_split_keeps_families_and_clusters_apart():
     assert {f for f, _ in held} == set(HELD_OUT_FAMILIES) and "hosts" in {c for _, c in held}
 
 
+def test_the_split_keeps_models_apart(monkeypatch):
+    assert not set(TRAIN_MODELS) & set(HELD_OUT_MODELS) and set(TRAIN_MODELS) | set(HELD_OUT_MODELS) == set(MODELS)
+    assert len(TRAIN_MODELS) >= 10 and len(HELD_OUT_MODELS) >= 6
+    drawn = []
+
+    def record(random, model, cluster, *, name, **rest):
+        drawn.append((name.split("-")[0], model, cluster))
+        return draw_problem(random, "chain", "equal", name=name, size=4)
+
+    monkeypatch.setattr("autoplace.agents.distribution.draw_captured_problem", record)
+    training_problems(200, seed=0, captured=0.5)
+    held_out_problems(200, seed=0, captured=0.5)
+    train, held = ([row for row in drawn if row[0] == side] for side in ("train", "held"))
+    assert {model for _, model, _ in train} == set(TRAIN_MODELS) and {c for _, _, c in train} == set(TRAIN_CLUSTERS)
+    assert {model for _, model, _ in held} == set(HELD_OUT_MODELS) and 70 < len(held) < 130
+
+
 def test_the_distribution_is_wide():
     problems = training_problems(120, seed=1)
     assert {p.objective.goal for p in problems} == {"latency", "throughput"}
@@ -38,6 +58,9 @@ def test_the_distribution_is_wide():
     assert {p.semantics.route for p in problems} == {"direct", "host"}
     assert {p.semantics.transfers for p in problems} == {"overlapped", "blocking"}
     assert {p.semantics.contention for p in problems} == {"link", "none"}
+    assert 0.3 < np.mean([p.objective.goal == "throughput" for p in problems]) < 0.5
+    sizes = [p.num_ops for p in problems]
+    assert max(sizes) > 200 and np.median(sizes) < 100
     limited = [np.isfinite(p.cluster.devices[0].memory_bytes) for p in problems]
     assert 0.3 < np.mean(limited) < 0.7
     assert 0.1 < np.mean([p.objective.energy_weight > 0 for p in problems]) < 0.6

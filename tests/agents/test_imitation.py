@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoplace.agents.imitation import best_known, clone_epoch, demonstrate
+from autoplace.agents.imitation import clone_epoch, demonstrate
+from autoplace.agents.teachers import best_known
 from autoplace.errors import InputError
 from autoplace.policy.network import PolicyNetwork
 from autoplace.policy.policy import Policy

@@ -22,6 +22,8 @@ def finished(tmp_path_factory):
     config = TrainConfig(
         output=tmp_path_factory.mktemp("whole") / "run",
         problems=4,
+        captured=0.0,
+        workers=1,
         max_ops=12,
         max_devices=3,
         teacher_evaluations=40,
@@ -95,3 +97,41 @@ def test_bad_configurations_are_refused(tiny):
         tiny(problems=0)
     with pytest.raises(InputError, match="--model"):
         train(tiny(stages=("measure",)))
+
+
+def test_the_evaluation_says_what_the_policy_was_trained_on(finished):
+    record = Policy.load(finished[0]).evaluation["training"]
+    assert record["command"] == "autoplace train -o run" and record["training_problems"] == 4
+    assert set(record["seconds"]) == {"imitate", "simulate"} and all(s > 0 for s in record["seconds"].values())
+    assert "chain" in record["trained_on"]["families"] and "diamond" in record["held_out_of_training"]["families"]
+    assert record["config"]["hidden"] == 8 and record["config"]["ppo"]["steps"] == 30
+
+
+def test_teachers_are_not_searched_again(finished, tiny, monkeypatch):
+    def interrupt(metrics, step):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(tiny(), log=interrupt)
+    monkeypatch.setattr("autoplace.agents.teachers.best_known", lambda *a, **k: pytest.fail("searched again"))
+    assert same(Policy.load(finished[0]), Policy.load(train(tiny(resume=True))))
+
+
+@pytest.mark.parametrize("part", ["imitation", "message-passing", "masks"])
+def test_ablations_train_without_the_part(tiny, part):
+    policy = Policy.load(train(tiny(part, without=(part,), imitate_epochs=1)))
+    assert policy.config.message_passing == (part != "message-passing") and policy.config.masks == (part != "masks")
+    assert f"without: {part}" in policy.card
+    stages = policy.evaluation["training"]["stages"]
+    assert stages == (["simulate"] if part == "imitation" else ["imitate", "simulate"])
+
+
+def test_ablations_need_something_to_train_and_fresh_weights(tiny, tmp_path):
+    with pytest.raises(InputError, match="no stage"):
+        tiny(stages=("imitate",), without=("imitation",))
+    with pytest.raises(InputError, match="fresh weights"):
+        tiny(start=tmp_path, without=("masks",))
+    with pytest.raises(InputError, match="wings"):
+        tiny(without=("wings",))
+    with pytest.raises(InputError, match="captured"):
+        tiny(captured=1.5)

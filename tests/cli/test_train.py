@@ -11,7 +11,21 @@ from autoplace.plan import Plan
 from autoplace.policy.policy import Policy
 from autoplace.problem_file import load_problem, problem_to_json
 
-TINY = ["--problems", "3", "--epochs", "1", "--hidden", "8", "--stage", "imitate"]
+TINY = ["--problems", "3", "--captured", "0", "--max-ops", "12", "--max-devices", "3", "--teacher-evaluations", "40"]
+TINY += [
+    "--epochs",
+    "1",
+    "--hidden",
+    "8",
+    "--validation",
+    "3",
+    "--held-out",
+    "3",
+    "--workers",
+    "1",
+    "--stage",
+    "imitate",
+]
 
 
 def call(*words):
@@ -42,6 +56,8 @@ def test_train_writes_a_policy_and_says_where(tmp_path, capsys):
         (["--policy", "no-such-policy", "--stage", "imitate"], "no-such-policy"),
         (["--model", "missing.py:build"], "missing.py"),
         (["--ppo", "missing.json"], "missing.json does not exist"),
+        (["--without", "wings"], "no part 'wings'"),
+        (["--without", "imitation", "--stage", "imitate"], "no stage to train"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, words, sentence):
@@ -75,3 +91,17 @@ def test_hyperparameters_come_from_a_file(tmp_path):
     client = mlflow.MlflowClient(store)
     (mlflow_run,) = client.search_runs([client.get_experiment_by_name("autoplace-train").experiment_id])
     assert "'learning_rate': 0.0007, 'envs': 3" in mlflow_run.data.params["ppo"]
+
+
+def test_an_ablation_is_recorded_and_missing_transformers_is_said_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("autoplace.agents.captured.available", lambda: False)
+    monkeypatch.setattr("autoplace.agents.train.available", lambda: False)
+    words = [*TINY, "--captured", "0.5", "--without", "message-passing", "--without", "masks"]
+    assert call("-o", str(tmp_path / "out"), *words, "--tracking-uri", f"sqlite:///{tmp_path}/ml.db") == 0
+    assert capsys.readouterr().out.count("transformers is not installed") == 1
+    policy = Policy.load(tmp_path / "out" / "policy")
+    assert not policy.config.message_passing and not policy.config.masks
+    assert (
+        "without: message-passing, masks" in policy.card
+    assert "models" not in policy.evaluation["training"]["trained_on"]
+    )
