@@ -197,7 +197,7 @@ class _Training:
                 file.save(teachers)
         found.close()
         masks = self.network.config.masks
-        return demonstrate(self.problems, teachers, max_devices=self.max_devices, hard_masks=masks)
+        return demonstrate(self.problems, teachers, hard_masks=masks)
 
     def _simulate(self) -> None:
         config = self.config

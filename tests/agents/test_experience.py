@@ -85,7 +85,7 @@ def surprising(lanes):
 
 
 def test_imitation_reproduces_the_best_measured_plan(surprising):
-    data = demonstrate([surprising.problem], [surprising.assignment], max_devices=2)
+    data = demonstrate([surprising.problem], [surprising.assignment])
     network = PolicyNetwork(PolicyConfig(hidden=32), seed=0)
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     for epoch in range(150):

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from autoplace.agents.distribution import training_problems
 from autoplace.agents.imitation import clone_epoch, demonstrate
 from autoplace.agents.teachers import best_known
 from autoplace.errors import InputError
+from autoplace.policy.features import NUM_FEATURES
 from autoplace.policy.network import PolicyNetwork
 from autoplace.policy.policy import Policy
 
@@ -13,8 +15,8 @@ def test_the_teacher_finds_the_optimum_and_the_clone_matches_it(lanes):
     problem, fast = lanes
     teacher = best_known(problem, evaluations=300, seed=0)
     np.testing.assert_array_equal(teacher, fast)
-    data = demonstrate([problem], [teacher], max_devices=4)
-    assert len(data) == 8 and data.features.shape[1] == 4 and not data.masks[:, 2:].any()
+    data = demonstrate([problem], [teacher])
+    assert len(data) == 8 and [group.features.shape[:2] for group in data.groups] == [(8, 2)]
     network = PolicyNetwork(seed=0)
     assert (Policy.of(network).greedy(problem) != teacher).any()
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -26,7 +28,7 @@ def test_the_teacher_finds_the_optimum_and_the_clone_matches_it(lanes):
 
 def test_cloning_is_deterministic(lanes):
     problem, fast = lanes
-    data, weights = demonstrate([problem], [fast.astype(np.int32)], max_devices=2), []
+    data, weights = demonstrate([problem], [fast.astype(np.int32)]), []
     for _ in range(2):
         network = PolicyNetwork(seed=1)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
@@ -38,4 +40,20 @@ def test_cloning_is_deterministic(lanes):
 
 def test_nothing_to_learn_from_is_an_error(lanes):
     with pytest.raises(InputError, match="no teacher"):
-        demonstrate([lanes[0]], [None], max_devices=2)
+        demonstrate([lanes[0]], [None])
+
+
+def test_decisions_of_few_and_many_devices_are_learned_together():
+    problems = training_problems(30, seed=1, max_ops=20, max_devices=12)
+    teachers = [best_known(p, evaluations=30, seed=0) for p in problems]
+    data = demonstrate(problems, teachers)
+    widths = [group.features.shape[1] for group in data.groups]
+    assert widths == sorted(set(widths)) and len(widths) > 3 and max(widths) <= 13
+    assert sum(group.features.size for group in data.groups) < 0.7 * len(data) * 12 * NUM_FEATURES
+    network = PolicyNetwork(seed=0)
+    one_pass = clone_epoch(network, torch.optim.SGD(network.parameters(), lr=0.0), data, seed=0, batch_size=7)
+    losses = []
+    for group in data.groups:
+        scores = network(torch.from_numpy(group.features))[0].masked_fill(~torch.from_numpy(group.masks), -1e8)
+        losses += torch.nn.functional.cross_entropy(scores, torch.from_numpy(group.actions), reduction="none").tolist()
+    assert one_pass["imitate/loss"] == pytest.approx(np.mean(losses), rel=1e-4)

@@ -101,7 +101,5 @@ def test_an_ablation_is_recorded_and_missing_transformers_is_said_once(tmp_path,
     assert capsys.readouterr().out.count("transformers is not installed") == 1
     policy = Policy.load(tmp_path / "out" / "policy")
     assert not policy.config.message_passing and not policy.config.masks
-    assert (
-        "without: message-passing, masks" in policy.card
+    assert "without: message-passing, masks" in policy.card
     assert "models" not in policy.evaluation["training"]["trained_on"]
-    )
