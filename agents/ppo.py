@@ -39,14 +39,14 @@ NEVER = 10**9
 class PpoConfig:
     """Hyperparameters of PPO."""
 
-    learning_rate: float = 1.5e-3
-    envs: int = 64
+    learning_rate: float = 1e-3
+    envs: int = 16
     """Environments stepped together."""
-    steps: int = 128
+    steps: int = 256
     """Steps of each environment between two updates."""
-    batch_size: int = 1024
+    batch_size: int = 512
     """Steps in one gradient step."""
-    epochs: int = 3
+    epochs: int = 4
     """Passes over the collected steps."""
     gae_lambda: float = 0.97
     clip_range: float = 0.2

@@ -83,12 +83,17 @@ class Clock:
         """Whether there is any limit."""
         return self._budget.evaluations is not None or self._budget.seconds is not None
 
-    def allowed(self, wanted: int) -> int:
-        """Return how many of `wanted` evaluations may still be spent; 0 once a limit is reached."""
-        if self.spent:
+    def allowed(self, wanted: int, *, late: bool = False) -> int:
+        """Return how many of `wanted` evaluations may still be spent; 0 once a limit is reached.
+
+        Args:
+            wanted: Evaluations.
+            late: Whether the limit of seconds does not count.
+        """
+        if self.spent and not late:
             return 0
         limit = self._budget.evaluations
-        return wanted if limit is None else min(wanted, limit - self.evaluations)
+        return wanted if limit is None else max(0, min(wanted, limit - self.evaluations))
 
     def remaining(self, fraction: float = 1.0) -> Budget | None:
         """Return a fraction of what is left as a budget of its own; None once a limit is reached."""

@@ -50,11 +50,16 @@ class Scorer:
         self.clock.spend(len(assignments))
         return self.evaluator.score(assignments)
 
-    def score_once(self, assignments: Sequence[Assignment]) -> None:
-        """Score and remember assignments in turn until the budget is spent; known ones cost nothing."""
+    def score_once(self, assignments: Sequence[Assignment], *, late: bool = False) -> None:
+        """Score and remember assignments in turn until the budget is spent; known ones cost nothing.
+
+        Args:
+            assignments: int32[N] each.
+            late: Whether to go on when only the seconds are over.
+        """
         fresh = {_key(a): a for a in assignments}
         keys = [k for k in fresh if k not in self._known]
-        keys = keys[: self.clock.allowed(len(keys))]
+        keys = keys[: self.clock.allowed(len(keys), late=late)]
         if keys:
             values = self.score(np.stack([fresh[k] for k in keys]))
             self._known.update(zip(keys, values.tolist(), strict=True))

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoplace.strategies._search import Constructive, Found, Scorer
 from autoplace.strategies._support import View
@@ -50,9 +51,13 @@ def construct(scorer: Scorer, strategies: Sequence[Constructive] | None = None) 
 
 
 def _scored(scorer: Scorer, strategies: Sequence[Constructive], view: View) -> dict[str, Found]:
-    built = {s.name: s.candidates(view) for s in strategies}
-    turns = itertools.zip_longest(*built.values())
-    scorer.score_once([a for turn in turns for a in turn if a is not None])
+    """Build and score; where the seconds are over before anything is scored, what is built by then is scored still."""
+    built: dict[str, list[NDArray[np.int32]]] = {}
+    for strategy in strategies:
+        late = scorer.clock.spent and any(built.values())
+        built[strategy.name] = [] if late else strategy.candidates(view)
+    turns = [a for turn in itertools.zip_longest(*built.values()) for a in turn if a is not None]
+    scorer.score_once(turns, late=True)
     return {name: scorer.rank_known(assignments) for name, assignments in built.items()}
 
 
