@@ -112,9 +112,10 @@ def exact() -> Method:
         limit = parse_budget(budget).seconds
         assert limit is not None, "the exact solver takes seconds"
         result = solve(problem, seconds=limit)
-        bound = float(result.lower_bound)
-        more = {"lower_bound": bound if math.isfinite(bound) else None, "proven": bool(result.proven)}
-        return Answer(assignment=result.assignment, more=more | {"solver": str(result.method)})
+        bound = result.lower_bound
+        known = bound is not None and math.isfinite(bound)
+        more = {"lower_bound": bound if known else None, "proven": result.proven, "solver": result.method}
+        return Answer(assignment=result.assignment, more=more)
 
     return Method(place=place, warm=False)
 

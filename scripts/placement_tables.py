@@ -23,6 +23,8 @@ AGAIN = 100
 """Added to a seed for the second of two equal runs, which show the noise."""
 EQUAL = 1e-9
 """Relative difference below which two objectives are one."""
+PROOF = 2e-6
+"""Twice the relative distance from its bound at which the exact solver calls a placement proven."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def against_exact(results: Results, arms: Sequence[Arm]) -> dict[str, Any]:
         rows = results.compare(arm, optimum, tags=("throughput", "latency"))
         name = f"{arm.label} / {optimum.label}"
         gaps = np.asarray([results.log_ratios[p][name] for p in proven if name in results.log_ratios[p]])
-        below += [f"{p}: {arm.label}" for p in proven if results.log_ratios[p].get(name, 0.0) < math.log(1 - 1e-6)]
+        below += [f"{p}: {arm.label}" for p in proven if results.log_ratios[p].get(name, 0.0) < math.log(1 - PROOF)]
         for row in rows[:1]:
             table.append(
                 {
@@ -205,14 +207,14 @@ def show(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) -> Non
     for heading in ("a / b", "problems", "kind", "J_a / J_b", "95% interval", "wins-ties-losses", "left out", ""):
         table.add_column(heading, justify="right" if heading in ("problems", "J_a / J_b") else "left")
     for row in rows:
-        low, high = ("-" if end is None else f"{end:.4f}" for end in row["interval"])
+        low, high = row["interval"]
         mean = row["geometric_mean"]
         table.add_row(
             f"{row['ours']} / {row['others']}",
             str(row["problems"]),
             row["kind"],
             "-" if mean is None else f"{mean:.4f}",
-            f"{low} to {high}",
+            "-" if high is None else f"{low:.4f} to {high:.4f}",
             f"{row['wins']}-{row['ties']}-{row['losses']}",
             str(row["left_out"]),
             row["verdict"],

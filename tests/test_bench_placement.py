@@ -287,6 +287,8 @@ SMALL_BUDGETS = "--evaluations 20 60 --seeds 2 --seconds 0.1 0.2 --seeds-seconds
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    few = placement_parts.tiny_problems()[:2]
+    monkeypatch.setattr(placement_parts, "tiny_problems", lambda: few)
     return tmp_path
 
 
