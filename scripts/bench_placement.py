@@ -177,7 +177,9 @@ def report(tables: dict[str, Any], results: Results, console: Console) -> bool:
         if row["runs"]:
             console.print(
                 f"{row['method']} {row['budget']}: {row['runs']} runs, median {row['median_seconds']:.2f} s, "
-                f"{row['median_of_budget']:.3f} of the budget in the middle, {row['most_of_budget']:.3f} at most"
+                f"{row['median_of_budget']:.3f} of the budget in the middle, {row['most_of_budget']:.3f} at most, "
+                f"{row['over']} runs more than 5% over",
+                style="red" if row["over"] else "",
             )
     checks, fine = tables["never_worse"], True
     console.print(f"never worse: {checks['checked']} plans of the search checked against every heuristic")

@@ -23,6 +23,8 @@ AGAIN = 100
 """Added to a seed for the second of two equal runs, which show the noise."""
 EQUAL = 1e-9
 """Relative difference below which two objectives are one."""
+OVER = 1.05
+"""Part of its budget from which on a run counts as over it: what it found had time that others had not."""
 PROOF = 2e-6
 """Twice the relative distance from its bound at which the exact solver calls a placement proven."""
 
@@ -118,6 +120,7 @@ class Results:
             "method": method,
             "budget": budget,
             "runs": len(rows),
+            "over": sum(part > OVER for part in used),
             "most_of_budget": max(used, default=0.0),
             "median_of_budget": float(np.median(used)) if used else 0.0,
             "median_seconds": float(np.median(seconds)) if seconds else 0.0,

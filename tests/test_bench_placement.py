@@ -276,6 +276,7 @@ def test_what_was_spent_is_told_as_part_of_the_budget(cases):
     rows = [row(cases[0], "guided", 1.0, budget="2s", seed=s, seconds=v) for s, v in ((0, 1.0), (1, 3.0))]
     spent = results(rows, cases).spent("guided", "2s")
     assert (spent["runs"], spent["most_of_budget"], spent["median_of_budget"]) == (2, 1.5, 1.0)
+    assert spent["over"] == 1
 
 
 # The whole
