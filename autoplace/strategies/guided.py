@@ -48,13 +48,13 @@ class GuidedConfig:
     """(op, device) pairs that the policy may score for samples at most."""
     guided: float = 0.5
     """Chance that a moved class and its device come from the policy, in a short chain."""
-    guided_length: float = 20.0
+    guided_length: float = 10.0
     """Evaluations a class from which on that chance falls, in inverse proportion: what the policy knows is used up."""
-    grafts: float = 0.1
+    grafts: float = 0.05
     """Chance that a move of a single chain copies a part of a donor."""
     donors: int = 16
     """Placements of which a move may copy a part at most."""
-    chain_length: float = 200.0
+    chain_length: float = 800.0
     """Evaluations a class that a chain should have before there are several."""
     most_chains: int = 8
     """Chains from different starts at most."""
