@@ -15,10 +15,14 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache
 
-__all__ = ["compiled", "digest", "inline"]
+__all__ = ["compiled", "digest", "inline", "inline_loose"]
 
-inline = numba.njit(forceinline=True, _nrt=False)
+_njit: Any = numba.njit
+"""numba's types leave `_nrt` out."""
+inline = _njit(forceinline=True, _nrt=False)
 """Compile into the caller. Such kernels allocate nothing."""
+inline_loose = _njit(forceinline=True, fastmath={"contract", "reassoc", "nsz"}, _nrt=False)
+"""The same, sums in any order: they then take a vector at a time."""
 
 
 class _Cache(FunctionCache):
@@ -47,10 +51,10 @@ def compiled(function: Callable[..., Any], *, allocates: bool = False) -> Any:
     """
     options = {} if allocates else {"_nrt": False}
     try:
-        dispatcher = numba.njit(cache=True, **options)(function)
+        dispatcher = _njit(cache=True, **options)(function)
         dispatcher._cache = _Cache(function)
     except RuntimeError:
-        return numba.njit(**options)(function)
+        return _njit(**options)(function)
     return dispatcher
 
 

@@ -9,17 +9,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numba
-
 from autoplace.jit import digest, inline
 
-__all__ = ["TINY", "clip", "inline_loose", "scaled", "slog", "sources_version", "total"]
+__all__ = ["TINY", "clip", "scaled", "slog", "sources_version", "total"]
 
 TINY = 1e-12
 """Guards divisions; far below any latency (ms) or energy (J) that occurs."""
-
-inline_loose = numba.njit(forceinline=True, fastmath={"contract", "reassoc", "nsz"}, _nrt=False)
-"""The same, sums in any order: they then take a vector at a time."""
 
 
 def sources_version() -> int:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoplace.jit import inline
-from autoplace.policy._compile import inline_loose
+from autoplace.jit import inline, inline_loose
 from autoplace.policy.columns import CLASS_OWN, CLASS_SPREAD, NUM_PAIR, NUM_PAIR_MOVING, NUM_SHARED_MOVING
 from autoplace.policy.tables import Tables
 
