@@ -209,7 +209,9 @@ def _alike(found, wanted, shift, slack, now):
     """Return whether a moment is that of the recorded run, shifted, or lies in the past of both."""
     if found < now and wanted < now - shift:
         return True
-    return found == wanted or abs(found - wanted - shift) <= slack
+    if found == INF or wanted == INF:
+        return found == wanted
+    return abs(found - wanted - shift) <= slack
 
 
 @inline

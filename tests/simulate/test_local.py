@@ -214,3 +214,39 @@ def test_the_version_follows_the_sources(monkeypatch):
     version = local.local_version()
     monkeypatch.setattr(local, "sources_version", lambda: 7)
     assert local.local_version() != version > 0
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("contention", ["none", "link"])
+def test_no_usable_move_is_refused_where_streams_of_work_run_apart(contention, microbatches):
+    """What a move delays is one stream; another, or another part of the batch, keeps its own time. Times are dyadic."""
+    refused = 0
+    for seed in range(6):
+        rng, length = np.random.default_rng(seed), 60
+        edges = [(t * length + i, [t * length + i + 1], 64.0) for t in range(3) for i in range(length - 1)]
+        edges += [(i, [length + i + 2], 128.0) for i in range(0, length - 2, 10)]
+        ops = 3 * length
+        problem = Problem(
+            graph=OpGraph.build(names=[f"op{i}" for i in range(ops)], edges=edges),
+            cluster=Cluster(
+                devices=tuple(Device(name=f"h/cuda:{d}", kind="cuda") for d in range(4)),
+                default_link=Link(latency_ms=1 / 64, bytes_per_ms=2048.0),
+            ),
+            latency_ms=rng.integers(1, 64, (ops, 4)) / 64,
+            semantics=Semantics(contention=contention, microbatches=microbatches),
+        )
+        evaluator = SimulatedEvaluator(problem)
+        state = new_local(evaluator)
+        state.plan[0] = np.repeat(rng.integers(0, 4, ops // 5), 5)
+        current = begin(state)
+        for _ in range(200):
+            after, op, device = state.plan.copy(), int(rng.integers(ops)), int(rng.integers(4))
+            after[0, op] = device
+            wanted = evaluator.score(after)[0]
+            found = trial(state, numbers(op), numbers(device), 1, current)
+            assert found == (wanted if wanted <= current else np.inf)
+            refused += np.isinf(found)
+            if np.isfinite(found):
+                keep(state)
+                current = found
+    assert refused > 100
