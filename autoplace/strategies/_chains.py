@@ -156,8 +156,11 @@ class Annealer:
         walk.numbers[_engine.GUIDED] = guided
         clock.spend()
         _engine.set_out(self.space, walk, self._local)
-        while count := clock.allowed(_WINDOW_SLICE):
+        timed = clock.limits.evaluations is None
+        while count := clock.allowed(self._timed_slice(_WINDOW_SLICE) if timed else _WINDOW_SLICE):
+            begun = time.perf_counter()
             spent = _engine.solve_windows(self.space, prior or self.uniform, walk, self._local, count, size)
+            self._per_second = spent / max(time.perf_counter() - begun, 1e-9)
             clock.spend(spent)
             if spent == 0:
                 break
@@ -166,8 +169,10 @@ class Annealer:
 
     def _slice(self, begun: float, until: float) -> int:
         limits = self.scorer.clock.limits
-        if limits.evaluations is not None:
-            wanted = limits.evaluations * (until - begun) / _SLICES
-        else:
-            wanted = self._per_second * _SLICE_SECONDS or _PILOT
-        return int(min(max(wanted, 1), _MOST_SLICE))
+        if limits.evaluations is None:
+            return self._timed_slice(_MOST_SLICE)
+        return int(min(max(limits.evaluations * (until - begun) / _SLICES, 1), _MOST_SLICE))
+
+    def _timed_slice(self, most: int) -> int:
+        """Return how many evaluations to spend before the next look at the clock."""
+        return int(min(max(self._per_second * _SLICE_SECONDS or _PILOT, 1), most))
