@@ -17,7 +17,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +98,8 @@ def solve(problem: Problem, *, seconds: float) -> ExactResult:
 def _solve(scorer: Scorer, seconds: float) -> tuple[Found, ExactResult]:
     """Return what was scored, best first, and what is known of the optimum."""
     begin = time.perf_counter()
-    view = scorer.view.relaxed() or scorer.view
+    upper = _rounded(scorer.view)
+    view = upper.relaxed() or upper
     alike = _alike(view)
     linear, few = _fits_programme(view), _few(view, alike)
     if not linear and not few:
@@ -116,7 +117,7 @@ def _solve(scorer: Scorer, seconds: float) -> tuple[Found, ExactResult]:
         if complete:
             method, bound = "enumeration", found[0][0] if found else np.inf
     if method == "milp":
-        placed, bound = _programme(scorer, alike, found, seconds - (time.perf_counter() - begin))
+        placed, bound = _programme(scorer, upper, alike, found, seconds - (time.perf_counter() - begin))
         found = _best(found, scorer.rank(placed))
     objective = found[0][0] if found else np.inf
     proven = bound is not None and (objective == bound or objective <= bound + TOLERANCE * abs(bound))
@@ -130,6 +131,27 @@ def _solve(scorer: Scorer, seconds: float) -> tuple[Found, ExactResult]:
         method=method,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _rounded(view: View) -> View:
+    """Return the view with the memory that the simulator counts: every microbatch rounds activations up to whole bytes.
+
+    Without it the programme's optimum may exceed a device's memory by a few bytes, and is then no placement at all.
+    """
+    from autoplace.simulate.expand import expand_equal  # numba: only when something is placed
+
+    problem = view.problem
+    if problem.semantics.microbatches == 1:
+        return view
+    larger, source = expand_equal(problem, problem.semantics.microbatches)
+    graph, classes = larger.graph, view.op_class[source]
+    whole = graph.weight_bytes + graph.activation_bytes
+    held = graph.weight_bytes + np.where(graph.frees, 0, graph.activation_bytes)
+    class_bytes, held_bytes = (
+        np.bincount(classes, weights=part, minlength=view.num_classes).astype(np.float64) for part in (whole, held)
+    )
+    allowed = view.allowed & (class_bytes[:, None] <= view.capacity)
+    return replace(view, class_bytes=class_bytes, held_bytes=held_bytes, allowed=allowed)
 
 
 def _best(*found: Found) -> Found:
@@ -252,7 +274,7 @@ def _enumerate(scorer: Scorer, rows: NDArray[np.int8], seconds: float, *, hurry:
 
 
 def _programme(
-    scorer: Scorer, alike: Sequence[Sequence[int]], found: Found, seconds: float
+    scorer: Scorer, upper: View, alike: Sequence[Sequence[int]], found: Found, seconds: float
 ) -> tuple[list[NDArray[np.int32]], float | None]:
     """Return placements of mixed-integer programmes, not yet simulated, and a lower bound of J, None if unknown."""
     from autoplace.strategies._milp import solve_linear
@@ -260,12 +282,12 @@ def _programme(
     weight = scorer.problem.objective.energy_weight
     sums = [(1.0, 0.0, 1.0 - weight), (0.0, 1.0, weight)]
     sums = [terms for terms in sums if terms[2] > 0]
-    relaxed, placed, bound = scorer.view.relaxed(), [], 1.0
+    relaxed, placed, bound = upper.relaxed(), [], 1.0
     begin = time.perf_counter()
     for number, (time_weight, energy_weight, exponent) in enumerate(sums):
         left = (seconds - (time.perf_counter() - begin)) / (len(sums) - number)
         # What memory holds at least bounds every placement; what it holds at most gives one that is feasible for sure.
-        for view, part in ((relaxed, 0.6 * left), (scorer.view, left)) if relaxed else ((scorer.view, left),):
+        for view, part in ((relaxed, 0.6 * left), (upper, left)) if relaxed else ((upper, left),):
             solution = solve_linear(
                 view,
                 time_weight=time_weight,
@@ -275,8 +297,8 @@ def _programme(
                 seconds=part,
             )
             if solution.class_device is not None:
-                placed.append(scorer.view.spread(solution.class_device))
-            if view is not scorer.view or relaxed is None:
+                placed.append(upper.spread(solution.class_device))
+            if view is not upper or relaxed is None:
                 bound *= max(solution.bound, 0.0) ** exponent
     bound = min(bound, _single_bound(scorer))
     return placed, bound if bound > 0.0 else None

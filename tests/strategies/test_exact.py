@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autoplace.errors import InputError
@@ -88,6 +88,7 @@ def test_the_programme_is_brute_force_for_throughput(semantics, weight, random_p
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), semantics=st.sampled_from(SEMANTICS), holes=st.sampled_from([0.0, 0.3]))
+@example(seed=87244, semantics=Semantics(transfers="blocking", microbatches=3), holes=0.0)  # thirds of odd bytes
 def test_the_programme_agrees_with_enumeration_on_random_problems(seed, semantics, holes, random_problem):
     problem = random_problem(
         seed, ops=5, devices=3, goal="throughput", semantics=semantics, memory=0.6, holes=holes, unable=0.1
