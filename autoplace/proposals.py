@@ -44,7 +44,8 @@ def propose(
     Returns:
         Each plan once, however many strategies proposed it; best predicted objective first.
     """
-    left_out = {"exact"} if policy is not None else {"exact", "learned"}  # "exact" refuses all but small problems
+    # Models have few groups: more than the exact optimum can take, and too few for coarser graphs.
+    left_out = {"exact", "multilevel"} | ({"learned"} if policy is None else set())
     names = [n for n in strategy_names() if n not in left_out]
     counts = [m for m in microbatches if m <= problem.batch_size] or [1]
     searches = [(count, name) for count in counts for name in names]

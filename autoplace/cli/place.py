@@ -83,6 +83,9 @@ def _strategies(name: str, policy: str | None) -> tuple[list[Strategy], list[str
     if name == AUTO:
         learned, notes = _policy(policy)
         return portfolio_strategies(learned), notes
+    if name == "guided":
+        learned, notes = _policy(policy)
+        return [make_strategy(name, learned)], notes
     if name == "learned":
         return [make_strategy(name, _load(policy or DEFAULT_POLICY))], []
     return [make_strategy(name)], []

@@ -10,6 +10,7 @@ from autoplace.strategies.annealing import AnnealingStrategy
 from autoplace.strategies.exact import ExactStrategy
 from autoplace.strategies.guided import GuidedStrategy
 from autoplace.strategies.heuristics import HEURISTICS
+from autoplace.strategies.multilevel import MultilevelStrategy
 from autoplace.strategies.random_search import RandomStrategy
 from autoplace.strategies.replicas import ReplicasStrategy
 from autoplace.strategies.threads import ThreadsStrategy
@@ -24,7 +25,13 @@ LEARNED = "learned"
 GUIDED = "guided"
 """Name of the search that uses a policy where there is one."""
 
-_PLACERS: tuple[type[Strategy], ...] = (*HEURISTICS, RandomStrategy, AnnealingStrategy, ExactStrategy)
+_PLACERS: tuple[type[Strategy], ...] = (
+    *HEURISTICS,
+    RandomStrategy,
+    AnnealingStrategy,
+    MultilevelStrategy,
+    ExactStrategy,
+)
 _OTHERS: tuple[type[Strategy], ...] = (ReplicasStrategy, ThreadsStrategy)
 _KINDS: dict[str, type[Strategy]] = {kind.name: kind for kind in _PLACERS + _OTHERS}
 

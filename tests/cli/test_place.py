@@ -103,6 +103,13 @@ def test_one_strategy_alone(problem, capsys):
     assert "annealing" not in captured.err
 
 
+def test_the_guided_search_alone_says_what_it_went_without(problem, capsys):
+    assert _place(problem, "--strategy", "guided", "--budget", 60) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["strategy"] == "guided"
+    assert "searched without a learned policy" in captured.err
+
+
 def test_seconds_limit_the_search(problem, capsys):
     assert _place(problem, "--seconds", 0.2) == 0
     answer = json.loads(capsys.readouterr().out)
