@@ -49,3 +49,19 @@ def test_every_speed_up_in_the_table_is_a_kept_result():
     shown = re.findall(r"\| (\d\.\d\d) \(\d\.\d\d–\d\.\d\d\) \|", README.read_text(encoding="utf-8"))
     assert shown == kept
     assert data["provenance"]["commit"] in README.read_text(encoding="utf-8")
+
+
+def test_every_ratio_of_the_planner_is_a_kept_result():
+    results = README.parent / "docs" / "results" / "placement.json"
+    if not results.exists():
+        pytest.skip("needs the repository's results")
+    text = results.read_text(encoding="utf-8")
+    tables = json.loads(text)["tables"]
+    rows = [*tables["zero_shot"], *tables["evaluations"], *tables["seconds"], *tables["dp"], *tables["exact"]["rows"]]
+    kept = {
+        (f"{row['geometric_mean']:.3f}", *(f"{end:.3f}" for end in row["interval"]))
+        for row in rows
+        if row["kind"] == "all"
+    }
+    shown = re.findall(r"\| (\d\.\d{3}) \((\d\.\d{3})–(\d\.\d{3})\) \|", README.read_text(encoding="utf-8"))
+    assert len(shown) >= 8 and set(shown) <= kept

@@ -19,7 +19,7 @@ from autoplace.errors import InputError, TrackingError
 
 __all__ = ["chart_link", "ui"]
 
-EXPERIMENTS = ("autoplace-tune", "autoplace-train")
+EXPERIMENTS = ("autoplace-tune", "autoplace-train", "autoplace-tune-agent")
 START_SECONDS = 90.0
 """Longest wait for the server's first answer, s; a cold start takes 5 to 30 s."""
 

@@ -47,7 +47,8 @@ def test_print_only_lists_the_latest_experiment_first(store_uri, tmp_path, capsy
         pass
     code, out, _ = autoplace(capsys, "ui", "--print-only", "--port", 5005, "--tracking-uri", store_uri)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["autoplace-train", "autoplace-tune"]
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == ["autoplace-train", "autoplace-tune", "autoplace-tune-agent"]
     assert re.search(r"http://127\.0\.0\.1:5005/#/experiments/\d+/runs\?workflowType", out)
 
 
