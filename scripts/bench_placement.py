@@ -149,7 +149,7 @@ def tables_of(results: Results, options: argparse.Namespace) -> dict[str, Any]:
         "evaluations": versus(counts, lambda budget: arm("annealing", budget)),
         "seconds": versus(seconds, lambda budget: arm("annealing", budget)),
         "noise": noise(main, "annealing", options.noise_at),
-        "dp": operators.compare(arm("guided", seconds[-1]), arm("dp"), tags=()),
+        "dp": [row for budget in seconds for row in operators.compare(arm("guided", budget), arm("dp"), tags=())],
         "exact": against_exact(results, near),
         "ablation": versus([*counts, _short(options)], lambda budget: arm("unguided", budget)),
         "best_heuristic": versus(counts + seconds, lambda budget: best),
