@@ -433,7 +433,11 @@ def _remember(walk):
 
 
 def _entries(version):  # type: ignore[no-untyped-def]
-    """Build the entries for one version of the simulator: what they close over is part of their key in the cache."""
+    """Build the entries for one version of the simulator.
+
+    What an entry closes over is part of its key in numba's cache, and only what it refers to is closed over: each must
+    name the version, or it runs the simulator that it was compiled with.
+    """
 
     @compiled
     def set_out(space, walk, local):
@@ -465,7 +469,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
             Evaluations spent; fewer than `count` where no other placement can be reached.
         """
         numbers, heat = walk.numbers, hot
-        if len(space.free) == 0:
+        if len(space.free) == 0 or version == 0:
             return 0
         for spent in range(count):
             size, tries = 0, 0
@@ -504,7 +508,7 @@ def _entries(version):  # type: ignore[no-untyped-def]
         Returns:
             Evaluations spent.
         """
-        numbers, spent, idle = walk.numbers, 0, 0
+        numbers, spent, idle = walk.numbers, 0, 0 if version else _TRIES
         while spent < count and idle < _TRIES and len(space.free) > 0:
             guided = _uniform(walk.random) < numbers[GUIDED]
             reached = _reach(space, walk, _draw_class(space, prior, walk, guided), size)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autoplace.simulate import SimulatedEvaluator
-from autoplace.simulate.local import new_local
+from autoplace.simulate.local import local_version, new_local
 from autoplace.strategies import _engine
 from autoplace.strategies._engine import BEST, EVALUATIONS, GRAFTS, GUIDED, VALUE, Space
 from autoplace.strategies._support import View
@@ -79,3 +79,10 @@ def test_a_window_over_everything_is_the_optimum(random_problem):
 def test_a_window_ends_within_its_budget(random_problem):
     _, _, space, local, walk = _walk(random_problem(3, ops=30, devices=4))
     assert _engine.solve_windows(space, _engine.uniform_prior(space), walk, local, 37, 3) == 37
+
+
+@pytest.mark.parametrize("entry", [_engine.set_out, _engine.anneal, _engine.solve_windows])
+def test_every_entry_closes_over_the_simulators_version(entry):
+    """Else numba's cache would go on with the simulator that the entry was compiled with."""
+    cells = dict(zip(entry.py_func.__code__.co_freevars, entry.py_func.__closure__, strict=True))
+    assert cells["version"].cell_contents == local_version()
