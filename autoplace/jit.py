@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from numba.core.caching import FunctionCache
+from numpy.typing import NDArray
 
-__all__ = ["compiled", "digest", "inline", "inline_loose"]
+__all__ = ["compiled", "digest", "inline", "inline_loose", "new_random", "uniform"]
 
 _njit: Any = numba.njit
 """numba's types leave `_nrt` out."""
@@ -23,6 +25,22 @@ inline = _njit(forceinline=True, _nrt=False)
 """Compile into the caller. Such kernels allocate nothing."""
 inline_loose = _njit(forceinline=True, fastmath={"contract", "reassoc", "nsz"}, _nrt=False)
 """The same, sums in any order: they then take a vector at a time."""
+
+
+@inline
+def uniform(random):  # type: ignore[no-untyped-def]
+    """Return a float in [0, 1) and step the generator, uint64[1] (xorshift64*, Vigna 2016)."""
+    x = random[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    random[0] = x
+    return float((x * np.uint64(2685821657736338717)) >> np.uint64(11)) / 9007199254740992.0
+
+
+def new_random(seed: int) -> NDArray[np.uint64]:
+    """Return a generator for → `uniform`, uint64[1], never 0."""
+    return np.random.SeedSequence(seed).generate_state(1, np.uint64) | np.uint64(1)
 
 
 class _Cache(FunctionCache):
@@ -59,8 +77,8 @@ def compiled(function: Callable[..., Any], *, allocates: bool = False) -> Any:
 
 
 def digest(sources: Iterable[Path]) -> int:
-    """Return a number that changes with the text of source files."""
-    found = hashlib.sha256()
+    """Return a number that changes with the text of source files, and of this one."""
+    found = hashlib.sha256(Path(__file__).read_bytes())
     for path in sources:
         found.update(path.read_bytes())
     return int(found.hexdigest()[:12], 16)

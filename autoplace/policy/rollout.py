@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoplace.jit import compiled, inline
+from autoplace.jit import compiled, inline, new_random, uniform
 from autoplace.policy._compile import sources_version
 from autoplace.policy.columns import NUM_FEATURES
 from autoplace.policy.fill import fill_moving
@@ -22,17 +22,6 @@ from autoplace.policy.scorer import Weights, fill_static, new_workspace, score_d
 from autoplace.policy.tables import Tables
 
 __all__ = ["follow", "roll"]
-
-
-@inline
-def _uniform(random):
-    """Return a float in [0, 1) and step the generator, uint64[1] (xorshift64*, Vigna 2016)."""
-    x = random[0]
-    x ^= x >> np.uint64(12)
-    x ^= x << np.uint64(25)
-    x ^= x >> np.uint64(27)
-    random[0] = x
-    return float((x * np.uint64(2685821657736338717)) >> np.uint64(11)) / 9007199254740992.0
 
 
 @inline
@@ -48,7 +37,7 @@ def _choose(scores, mask, temperature, random):
     for d in range(mask.shape[0]):
         if mask[d]:
             weight += np.exp((scores[d] - scores[best]) / temperature)
-    point = _uniform(random) * weight
+    point = uniform(random) * weight
     for d in range(mask.shape[0]):
         if mask[d]:
             point -= np.exp((scores[d] - scores[best]) / temperature)
@@ -162,7 +151,7 @@ def roll(
         int32[P, N] device indices, P <= count: placements in which some op had no allowed device are left out.
     """
     out = np.empty((count, tables.latency.shape[0]), np.int32)
-    random = np.random.SeedSequence(seed).generate_state(1, np.uint64) | np.uint64(1)
+    random = new_random(seed)
     if forced is None:
         forced = np.full(tables.can_run.shape[0], -1, np.int32)
     state, work = new_state(tables, masks=masks), new_workspace(tables, weights, keep=count > 1)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoplace.simulate.local import new_local
-from autoplace.strategies import _engine
-from autoplace.strategies._engine import Prior, Space
+from autoplace.strategies._engine import anneal, set_out, solve_windows
+from autoplace.strategies._moves import BEST, GRAFTS, GUIDED, Prior, Space, Walk, new_walk, uniform_prior
 from autoplace.strategies._search import Found, Scorer
 
 __all__ = ["COLD", "Annealer", "hot_for"]
@@ -51,7 +51,7 @@ class Annealer:
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self.space = Space.of(scorer.view, scorer.op_class)
-        self.uniform = _engine.uniform_prior(self.space)
+        self.uniform = uniform_prior(self.space)
         self.stuck = len(self.space.free) == 0
         """Whether no other placement can be reached."""
         self._local = new_local(scorer.evaluator)
@@ -106,11 +106,7 @@ class Annealer:
         clock, view = self.scorer.clock, self.scorer.view
         if clock.spent or self.stuck or clock.progress >= until:
             return start
-        walk = _engine.new_walk(self.space, seed=seed)
-        walk.now[:] = view.gather(start[1])
-        clock.spend()
-        _engine.set_out(self.space, walk, self._local)
-        walk.numbers[_engine.GUIDED], walk.numbers[_engine.GRAFTS] = guided, grafts
+        walk = self._set_out(start, seed=seed, guided=guided, grafts=grafts)
         scale = start[0] / view.num_classes if scale is None else scale
         begun, left = clock.progress, most if most is not None else 2**62
         while left > 0 and clock.progress < until:
@@ -120,15 +116,14 @@ class Annealer:
             part = min(1.0, (clock.progress - begun) / (until - begun))
             heat = scale * hot * (COLD / hot) ** part if hot > 0.0 else 0.0
             before = time.perf_counter()
-            spent = _engine.anneal(self.space, prior or self.uniform, walk, self._local, count, heat, 1.0)
+            spent = anneal(self.space, prior or self.uniform, walk, self._local, count, heat)
             self._per_second = spent / max(time.perf_counter() - before, 1e-9)
             clock.spend(spent)
             left -= count
             if spent < count:
                 self.stuck = True
                 break
-        best = float(walk.numbers[_engine.BEST])
-        return (best, view.spread(walk.best)) if best < start[0] else start
+        return self._better(walk, start)
 
     def windows(
         self,
@@ -148,24 +143,33 @@ class Annealer:
             prior: Where windows begin; None = anywhere.
             guided: Chance that a window's place comes from the prior.
         """
-        clock, view = self.scorer.clock, self.scorer.view
+        clock = self.scorer.clock
         if clock.spent or self.stuck:
             return start
-        walk = _engine.new_walk(self.space, seed=seed)
-        walk.now[:] = view.gather(start[1])
-        walk.numbers[_engine.GUIDED] = guided
-        clock.spend()
-        _engine.set_out(self.space, walk, self._local)
+        walk = self._set_out(start, seed=seed, guided=guided, grafts=0.0)
         timed = clock.limits.evaluations is None
         while count := clock.allowed(self._timed_slice(_WINDOW_SLICE) if timed else _WINDOW_SLICE):
             begun = time.perf_counter()
-            spent = _engine.solve_windows(self.space, prior or self.uniform, walk, self._local, count, size)
+            spent = solve_windows(self.space, prior or self.uniform, walk, self._local, count, size)
             self._per_second = spent / max(time.perf_counter() - begun, 1e-9)
             clock.spend(spent)
             if spent == 0:
                 break
-        best = float(walk.numbers[_engine.BEST])
-        return (best, view.spread(walk.best)) if best < start[0] else start
+        return self._better(walk, start)
+
+    def _set_out(self, start: tuple[float, NDArray[np.int32]], *, seed: int, guided: float, grafts: float) -> Walk:
+        """Return a walk that stands on a placement; costs an evaluation."""
+        walk = new_walk(self.space, seed=seed)
+        walk.now[:] = self.scorer.view.gather(start[1])
+        walk.numbers[GUIDED], walk.numbers[GRAFTS] = guided, grafts
+        self.scorer.clock.spend()
+        set_out(self.space, walk, self._local)
+        return walk
+
+    def _better(self, walk: Walk, start: tuple[float, NDArray[np.int32]]) -> tuple[float, NDArray[np.int32]]:
+        """Return the better of a walk's best placement and its start."""
+        best = float(walk.numbers[BEST])
+        return (best, self.scorer.view.spread(walk.best)) if best < start[0] else start
 
     def _slice(self, begun: float, until: float) -> int:
         limits = self.scorer.clock.limits

@@ -3,7 +3,7 @@
     heuristics, greedy placement, samples
       → (large graphs) the same on coarser graphs                     `multilevel`
       → a chain from the best, or several from the best that differ   `_chains`
-      → chains that copy parts of the others' placements              `_engine`, grafts
+      → chains that copy parts of the others' placements              `_moves`, grafts
       → windows of connected classes, placed exactly                  `_engine.solve_windows`
 
 In chains the policy says which class to move (one that it would place elsewhere, all else being as it is) and where to;
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from autoplace.strategies._engine import Prior
+from autoplace.strategies._moves import Prior
 from autoplace.strategies._search import Found, Placer, Scorer
 from autoplace.strategies.heuristics import construct, draw_feasible
 
@@ -126,7 +126,6 @@ class _Run:
     """One search under way."""
 
     def __init__(self, strategy: GuidedStrategy, scorer: Scorer, seed: int) -> None:
-        self.strategy = strategy
         self.config = strategy.config
         self.policy = strategy.policy if scorer.op_class is scorer.view.op_class else None
         self.scorer = scorer

@@ -10,14 +10,14 @@ import pytest
 from autoplace.simulate import SimulatedEvaluator
 from autoplace.simulate.local import local_version, new_local
 from autoplace.strategies import _engine
-from autoplace.strategies._engine import BEST, EVALUATIONS, GRAFTS, GUIDED, VALUE, Space
+from autoplace.strategies._moves import BEST, EVALUATIONS, GRAFTS, GUIDED, VALUE, Prior, Space, new_walk, uniform_prior
 from autoplace.strategies._support import View
 
 
 def _walk(problem, seed=0, start=None):
     view, evaluator = View.of(problem), SimulatedEvaluator(problem)
     space, local = Space.of(view), new_local(evaluator)
-    walk = _engine.new_walk(space, seed=seed)
+    walk = new_walk(space, seed=seed)
     walk.now[:] = view.pack(view.allowed) if start is None else start
     _engine.set_out(space, walk, local)
     return view, evaluator, space, local, walk
@@ -29,10 +29,10 @@ def test_a_walk_knows_its_cost_and_stays_within_limits(heat, goal, random_proble
     for seed in range(4):
         problem = random_problem(seed, ops=24, devices=3, goal=goal, memory=0.6, colocate=True)
         view, evaluator, space, local, walk = _walk(problem, seed)
-        prior = _engine.uniform_prior(space)._replace(donors=np.stack([walk.now, walk.now[::-1]]))
+        prior = uniform_prior(space)._replace(donors=np.stack([walk.now, walk.now[::-1]]))
         walk.numbers[GUIDED], walk.numbers[GRAFTS] = 0.3, 0.3
         scale = walk.numbers[VALUE] / view.num_classes
-        assert _engine.anneal(space, prior, walk, local, 500, heat * scale, 1.0) == 500
+        assert _engine.anneal(space, prior, walk, local, 500, heat * scale) == 500
         assert walk.numbers[EVALUATIONS] == 500
         for classes, value in ((walk.now, walk.numbers[VALUE]), (walk.best, walk.numbers[BEST])):
             assert evaluator.score(view.spread(classes))[0] == pytest.approx(value, rel=1e-9)
@@ -44,7 +44,7 @@ def test_without_heat_nothing_worse_is_accepted(random_problem):
     _, _, space, local, walk = _walk(random_problem(1, ops=30))
     values = [walk.numbers[VALUE]]
     for _ in range(50):
-        _engine.anneal(space, _engine.uniform_prior(space), walk, local, 5, 0.0, 1.0)
+        _engine.anneal(space, uniform_prior(space), walk, local, 5, 0.0)
         values.append(walk.numbers[VALUE])
     assert values == sorted(values, reverse=True) and values[-1] < values[0]
 
@@ -59,7 +59,7 @@ def test_the_prior_chooses_class_and_device(random_problem):
     for _ in range(200):
         walk.now[:] = 0
         _engine.set_out(space, walk, local)
-        _engine.anneal(space, _engine.Prior(pick, wish, np.zeros((0, 12), np.int32)), walk, local, 1, 1e9, 1.0)
+        _engine.anneal(space, Prior(pick, wish, np.zeros((0, 12), np.int32)), walk, local, 1, 1e9)
         if (walk.now != 0).sum() == 1 and walk.now[4] == 2:
             moved.add(4)
     assert moved == {4}
@@ -71,18 +71,18 @@ def test_a_window_over_everything_is_the_optimum(random_problem):
         view, evaluator, space, local, walk = _walk(problem, seed)
         everything = np.asarray(list(itertools.product(range(3), repeat=view.num_classes)), np.int32)
         best = evaluator.score(everything[:, view.op_class]).min()
-        spent = _engine.solve_windows(space, _engine.uniform_prior(space), walk, local, 5000, view.num_classes)
+        spent = _engine.solve_windows(space, uniform_prior(space), walk, local, 5000, view.num_classes)
         assert 3**view.num_classes - 1 <= spent <= 5000
         assert walk.numbers[BEST] == pytest.approx(best, rel=1e-9)
 
 
 def test_a_window_ends_within_its_budget(random_problem):
     _, _, space, local, walk = _walk(random_problem(3, ops=30, devices=4))
-    assert _engine.solve_windows(space, _engine.uniform_prior(space), walk, local, 37, 3) == 37
+    assert _engine.solve_windows(space, uniform_prior(space), walk, local, 37, 3) == 37
 
 
 @pytest.mark.parametrize("entry", [_engine.set_out, _engine.anneal, _engine.solve_windows])
 def test_every_entry_closes_over_the_simulators_version(entry):
     """Else numba's cache would go on with the simulator that the entry was compiled with."""
     cells = dict(zip(entry.py_func.__code__.co_freevars, entry.py_func.__closure__, strict=True))
-    assert cells["version"].cell_contents == local_version()
+    assert cells["version"].cell_contents == _engine.engine_version() != local_version()
