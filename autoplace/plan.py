@@ -24,6 +24,8 @@ from autoplace.problem import Problem
 __all__ = ["Plan", "Replica"]
 
 FORMAT = "autoplace.plan/1"
+ENGINES = ("threads", "processes", "graph")
+"""Values of `Plan.engine`."""
 PLAIN = "plain"
 """Name of the strategy and the one device of the identity plan: the model as PyTorch runs it."""
 
@@ -58,8 +60,13 @@ class Plan:
 
     More threads than the group has cores lets the device use all cores of its host.
     """
+    engine: str = "threads"
+    """What runs the parts: `threads` of this process, which call the original modules; `processes` that share the
+    parameters' memory, for replicas; or stage functions cut from the exported `graph`, for stages."""
     compiled: bool = False
     """Whether modules run through `torch.compile`."""
+    channels_last: bool = False
+    """Whether image inputs of four dimensions are laid out channels last before the model sees them."""
     precision: str = "float32"
     """Computation precision; lowered only where the user allows it."""
     graph_fingerprint: str = ""
@@ -71,6 +78,8 @@ class Plan:
             raise PlanFileError(f"the replicas' shares must be positive and sum to 1; they sum to {total:g}")
         if self.microbatches < 1:
             raise PlanFileError(f"microbatches is {self.microbatches}; use 1 or more")
+        if self.engine not in ENGINES:
+            raise PlanFileError(f"engine is {self.engine!r}; use one of {', '.join(ENGINES)}")
 
     @staticmethod
     def plain() -> Plan:
@@ -146,7 +155,9 @@ class Plan:
             "replicas": [{"share": r.share, "assignment": dict(r.assignment)} for r in self.replicas],
             "microbatches": self.microbatches,
             "threads": dict(self.threads),
+            "engine": self.engine,
             "compiled": self.compiled,
+            "channels_last": self.channels_last,
             "precision": self.precision,
             "graph_fingerprint": self.graph_fingerprint,
             "cluster_fingerprint": self.cluster_fingerprint,
@@ -176,7 +187,9 @@ class Plan:
                 strategy=str(data["strategy"]),
                 microbatches=int(data.get("microbatches", 1)),
                 threads={str(k): int(v) for k, v in data.get("threads", {}).items()},
+                engine=str(data.get("engine", "threads")),
                 compiled=bool(data.get("compiled", False)),
+                channels_last=bool(data.get("channels_last", False)),
                 precision=str(data.get("precision", "float32")),
                 graph_fingerprint=str(data.get("graph_fingerprint", "")),
                 cluster_fingerprint=str(data.get("cluster_fingerprint", "")),
