@@ -16,6 +16,7 @@ __all__ = [
     "PolicyError",
     "ProblemFileError",
     "TrackingError",
+    "TuningCancelled",
 ]
 
 
@@ -61,3 +62,7 @@ class ExecutionError(AutoplaceError):
 
 class TrackingError(AutoplaceError):
     """Raised when the MLflow store cannot be opened or created."""
+
+
+class TuningCancelled(AutoplaceError):
+    """Raised when a background tuning was cancelled before it ended."""

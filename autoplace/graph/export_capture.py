@@ -30,6 +30,7 @@ from autoplace.graph.op_costs import (
 )
 from autoplace.graph.opgraph import OpGraph
 from autoplace.graph.recorder import Recorder, Value
+from autoplace.hands_off import is_hands_off, silent
 from autoplace.workload import Workload
 
 __all__ = ["capture_by_export"]
@@ -87,7 +88,14 @@ def _dynamic_shapes(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence export's warnings, logs and prints: a failed rung is told in one sentence, by the ladder."""
+    """Silence export's warnings, logs and prints: a failed rung is told in one sentence, by the ladder.
+
+    In hands-off threads prints stay, since `sys.stderr` is everybody's.
+    """
+    if is_hands_off():
+        with silent():
+            yield
+        return
     loggers = [logging.getLogger(name) for name in ("torch", "torch.export", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

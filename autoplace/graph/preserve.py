@@ -1,8 +1,9 @@
 """Leave no trace: run a model for capture or measurement and put back everything that the run changed.
 
 What it restores: buffers (identity and values), gradients, modules' attributes, and the random generators of torch (CPU
-and CUDA), numpy and Python. What it does not know: state outside the modules, and objects that a forward mutates in
-place (a Python list kept as an attribute).
+and CUDA), numpy and Python; the generators not in threads that are to leave them alone → `autoplace.hands_off`. What it
+does not know: state outside the modules, and objects that a forward mutates in place (a Python list kept as an
+attribute).
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoplace.hands_off import is_hands_off
+
 __all__ = ["preserve_model", "preserve_random"]
 
 
 @contextmanager
 def preserve_random() -> Iterator[None]:
-    """Hold the states of all random generators and put them back after."""
+    """Hold the states of all random generators and put them back after; in hands-off threads, leave them alone."""
+    if is_hands_off():
+        yield
+        return
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     torch_state = torch.random.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if cuda else []

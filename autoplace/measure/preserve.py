@@ -1,4 +1,7 @@
-"""Contexts that give a model back as it was: gradients, buffers, random state; and switch dropout off meanwhile."""
+"""Contexts that give a model back as it was: gradients, buffers, random state; and switch dropout off meanwhile.
+
+Random state is not put back in threads that are to leave the process's own alone → `autoplace.hands_off`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 import torch
 from torch.nn.modules.dropout import _DropoutNd
+
+from autoplace.hands_off import is_hands_off
 
 __all__ = ["RandomState", "clear_gradients", "no_dropout", "preserved"]
 
@@ -20,7 +25,9 @@ class RandomState:
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
-        """Put it back."""
+        """Put it back; in hands-off threads, leave it as it is."""
+        if is_hands_off():
+            return
         torch.set_rng_state(self._cpu)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from autoplace.errors import ExecutionError
+from autoplace.hands_off import hands_off, is_hands_off
 from autoplace.hardware.cluster import Device
 
 from .streams import Streams, mark_events, wait_events
@@ -108,11 +109,12 @@ class Ledger:
 
 
 class _Modes:
-    """The grad, inference and autocast modes of the thread that makes it, to be entered in another."""
+    """The grad, inference, autocast and hands-off modes of the thread that makes it, to be entered in another."""
 
-    __slots__ = ("autocasts", "cache", "grad", "inference")
+    __slots__ = ("autocasts", "cache", "grad", "hands_off", "inference")
 
     def __init__(self) -> None:
+        self.hands_off = is_hands_off()
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -120,8 +122,10 @@ class _Modes:
         self.cache = torch.is_autocast_cache_enabled()
 
     def run(self, fn: Callable[[], T]) -> T:
-        if self.inference or self.autocasts:
+        if self.inference or self.autocasts or self.hands_off:
             with ExitStack() as stack:
+                if self.hands_off:
+                    stack.enter_context(hands_off())
                 stack.enter_context(torch.inference_mode(self.inference))
                 for kind, dtype in self.autocasts:
                     stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self.cache))
