@@ -1,55 +1,57 @@
-"""Does a plan compute the same thing? Outputs, loss, gradients and buffers compared with plain PyTorch's.
+"""Does a plan compute the same thing? Outputs, loss, gradients, buffers and stepped parameters against plain PyTorch's.
 
 Definitions, with a the plain tensor and b the plan's:
 
 - Error of an output, loss or buffer: max|a - b| / max(max|a|, floor). → `CheckReport.max_output_error`
 - Error of a gradient: max|a - b| / (max|a| + gradient_floor / rtol_float32 * G), G being the largest gradient entry of
   the whole model: gradients that are zero but for rounding (the bias of attention keys) have no scale of their own.
+- In training both then make one step of plain gradient descent, p - lr * grad, each by its own gradients, and run the
+  forward once more. lr makes the largest step of the model `step_size` of its largest parameter. → `Reference`
+  Error of a stepped parameter: (max|a - b| - 2 eps max|a|)+ / (s + gradient_floor / rtol_float32 * S), s being the
+  largest entry of its own step and S that of all. The step is the scale, for against the whole parameter a wrong step
+  would look small; eps is the type's rounding, which a step cannot be finer than. The second forward finds what runs on
+  a copy of the weights that nobody refreshed: its outputs have the error of outputs.
 - A plan passes when every error is at most `rtol` of its type, structure, types and shapes are equal, integers and
   booleans are equal, and the same parameters have no gradient.
 
 Dropout is off and the random state is the same in both runs. What random numbers remain (noise in the model) differ
 between a plan of several parts and plain PyTorch, and such a plan fails, with a word about it. Tensors that require a
-gradient and are neither inputs nor parameters are not looked at.
+gradient and are neither inputs nor parameters are not looked at. The parameters that a step has moved get their values,
+bit for bit, and their version counters back, so that graphs that were made before still have their backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from autoplace.runtime import Executor
 from autoplace.runtime.tree import Tree
 from autoplace.workload import Workload, default_loss
 
+from .comparison import Run, Tolerances, compare, has_nan, largest_entry
 from .preserve import RandomState, clear_gradients, no_dropout, preserved
 from .protocol import Guard
 
 __all__ = ["CheckConfig", "CheckReport", "Reference", "check_plan"]
 
+T = TypeVar("T")
+
+_AFTER = " after an optimizer step"
+
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """How far a plan's numbers may be from plain PyTorch's."""
+class CheckConfig(Tolerances):
+    """What is compared, and how far a plan's numbers may be from plain PyTorch's."""
 
-    rtol_float64: float = 1e-9
-    rtol_float32: float = 1e-4
-    rtol_float16: float = 1e-2
-    rtol_bfloat16: float = 5e-2
-    """The largest error, by the lowest of the tensor's type and the plan's precision."""
-    floor: float = 1e-5
-    """Outputs smaller than this everywhere are compared as if their largest entry had this size."""
-    gradient_floor: float = 1e-5
-    """A gradient may differ by this share of the largest entry of all gradients (times rtol / rtol_float32)."""
-
-    def rtol(self, dtype: torch.dtype, precision: str = "float32") -> float:
-        """Return the tolerance for a type under a plan's precision."""
-        names = {torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-        own: float = getattr(self, f"rtol_{names.get(dtype, 'float32')}")
-        return max(own, getattr(self, f"rtol_{precision}")) if precision != "float32" else own
+    step_size: float = 1e-2
+    """The largest step of the check's optimizer, in units of the largest parameter; 0 = no step, for models that other
+    threads use meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +64,7 @@ class CheckReport:
     max_output_error: float = 0.0
     """Largest error of outputs, loss and buffers; see the module's definitions."""
     max_gradient_error: float = 0.0
-
-
-@dataclass
-class _Run:
-    """One pass, as values."""
-
-    output: Tree
-    loss: torch.Tensor | None
-    grads: dict[str, torch.Tensor | None]
-    buffers: dict[str, torch.Tensor]
+    """Largest error of gradients and of parameters after the step."""
 
 
 class Reference:
@@ -80,40 +73,151 @@ class Reference:
     Args:
         workload: Model and inputs; the model is left as it was.
         call: What to run; None = the model.
+        step_size: → `CheckConfig.step_size`
     """
 
-    def __init__(self, workload: Workload, call: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        call: Callable[..., Any] | None = None,
+        *,
+        step_size: float = CheckConfig.step_size,
+    ) -> None:
         self.workload = workload
         self._random = RandomState()
         with preserved(workload.model), no_dropout(workload.model), workload.mode():
             self.run = self.pass_(call)
             other = self.pass_(call, reseed=False)
-        problem, *_ = _compare(self.run, other, CheckConfig(), "float32")
+            self.learning_rate = self._learning_rate(step_size)
+            """Of the step that is compared; 0 = none is."""
+            self.after_step = self.pass_after_step(self.run, call) if self.learning_rate else None
+        problem, *_ = compare(self.run, other, CheckConfig())
         self.noisy = bool(problem)
         """Whether two plain runs with different random numbers, dropout off, differ."""
 
-    def pass_(self, call: Callable[..., Any] | None, *, reseed: bool = True) -> _Run:
-        """Run one pass from the same buffers, without gradients to start with, and return copies of all results."""
-        model = self.workload.model
+    def _learning_rate(self, step_size: float) -> float:
+        if not self.workload.training or has_nan(self.run):
+            return 0.0
+        moved = [p.detach() for name, p in self._parameters() if self.run.grads[name] is not None]
+        gradient = largest_entry(g for g in self.run.grads.values() if g is not None)
+        return step_size * largest_entry(moved) / gradient if gradient else 0.0
+
+    def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return list(self.workload.model.named_parameters())
+
+    def pass_(
+        self,
+        call: Callable[..., Any] | None,
+        *,
+        reseed: bool = True,
+        backward: bool = True,
+        limit_s: float | None = None,
+    ) -> Run:
+        """Run one pass from the same buffers, without gradients to start with, and return copies of all results.
+
+        Args:
+            call: What to run; None = the model.
+            reseed: Whether to start from the same random numbers.
+            backward: Whether a training pass has its backward.
+            limit_s: Seconds that it may take; None = no limit.
+
+        Raises:
+            ExecutionError: If it takes longer.
+        """
+        model, training = self.workload.model, self.workload.training
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        inputs = _Inputs(self.workload)
         if reseed:
             self._random.restore()
         clear_gradients(model)
-        output = self.workload.forward(call)
-        loss: torch.Tensor | None = None
-        if self.workload.training:
-            loss = (self.workload.loss or default_loss)(output)
-            loss.backward()
-            loss = loss.detach().clone()
+        inputs.clear()
+
+        def run() -> tuple[Any, torch.Tensor | None]:
+            output = self.workload.forward(call)
+            loss = (self.workload.loss or default_loss)(output) if training else None
+            if loss is not None and backward:
+                loss.backward()
+            return output, None if loss is None else loss.detach().clone()
+
+        output, loss = _within(run, limit_s)
         tree = Tree(output)
         tree.leaves = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in tree.leaves]
         after = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        grads = {name: p.grad for name, p in model.named_parameters()} if self.workload.training else {}
+        grads: dict[str, torch.Tensor | None] = {}
+        if training and backward:
+            grads = {name: x.grad for name, x in [*self._parameters(), *inputs.needy.items()]}
         clear_gradients(model)
+        inputs.clear()
+        inputs.put_back()
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-        return _Run(tree, loss, grads, after)
+        return Run(tree, loss, grads, after)
+
+    def pass_after_step(self, run: Run, call: Callable[..., Any] | None, limit_s: float | None = None) -> Run:
+        """Step the parameters by a pass's gradients, run the forward once more, and put the parameters back.
+
+        Args:
+            run: A pass with its gradients.
+            call: What to run; None = the model.
+            limit_s: Seconds that the forward may take; None = no limit.
+
+        Raises:
+            ExecutionError: If it takes longer.
+        """
+        with _stepped(dict(self._parameters()), run.grads, self.learning_rate) as moved:
+            after = self.pass_(call, backward=False, limit_s=limit_s)
+            after.stepped = {name: parameter.detach().clone() for name, parameter in moved.items()}
+        gradients = {name: run.grads[name] for name in after.stepped}
+        after.steps = {n: self.learning_rate * largest_entry([g]) for n, g in gradients.items() if g is not None}
+        return after
+
+
+class _Inputs:
+    """The input tensors of a workload: their gradients, and their values, should the model write into them."""
+
+    def __init__(self, workload: Workload) -> None:
+        leaves = Tree((workload.args, dict(workload.kwargs))).leaves
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        self.needy = {f"input {i}": x for i, x in enumerate(tensors) if x.requires_grad and x.is_leaf}
+        self._held = [(x, _version(x), x.detach().clone()) for x in tensors]
+
+    def clear(self) -> None:
+        """Set their `.grad` to None."""
+        for x in self.needy.values():
+            x.grad = None
+
+    def put_back(self) -> None:
+        """Give those that were written into the values that they had."""
+        for x, version, value in self._held:
+            if _version(x) != version or (version is None and not torch.equal(x, value)):
+                with torch.inference_mode(version is None):
+                    x.data.copy_(value)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Return the version counter; None of an inference tensor, which has none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _stepped(
+    parameters: Mapping[str, torch.nn.Parameter], grads: Mapping[str, torch.Tensor | None], learning_rate: float
+) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Let every parameter with a gradient be stepped by it; yields those, and gives them back what they held."""
+    moved = {name: p for name, p in parameters.items() if grads[name] is not None}
+    tensors = tuple(moved.values())
+    held = [p.detach().clone() for p in tensors]
+    with _unsafe_preserve_version_counter(tensors):
+        try:
+            with torch.no_grad():
+                for name, parameter in moved.items():
+                    parameter.add_(grads[name], alpha=-learning_rate)  # type: ignore[arg-type]  # not None, see above
+            yield moved
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(tensors, held, strict=True):
+                    parameter.copy_(value)
 
 
 def check_plan(
@@ -124,36 +228,42 @@ def check_plan(
     reference: Reference | None = None,
     limit_s: float | None = None,
 ) -> CheckReport:
-    """Compare one pass of an executor with plain PyTorch's on the workload's inputs.
+    """Compare passes of an executor with plain PyTorch's on the workload's inputs.
 
-    The model is left as it was: gradients, buffers, train/eval flags, dropout and random state.
+    The model is left as it was: parameters, gradients, buffers, train/eval flags, dropout and random state.
 
     Args:
         workload: Model and inputs, inference or training.
         executor: Runs the plan.
         config: Tolerances.
         reference: Plain results of the same workload, if at hand.
-        limit_s: Seconds that the executor's pass may take; None = no limit. The model is put back in any case.
+        limit_s: Seconds that a pass of the executor may take; None = no limit. The model is put back in any case.
 
     Returns:
         The verdict; never raises for wrong numbers.
 
     Raises:
-        ExecutionError: If the pass overruns `limit_s`; it is left behind in its threads.
+        ExecutionError: If a pass overruns `limit_s`; it is left behind in its threads.
         Exception: Whatever the model or the executor raises.
     """
-    reference = reference or Reference(workload)
-    if _has_nan(reference.run):
-        return CheckReport(ok=False, reason="plain PyTorch's own output holds NaN on these inputs; give other inputs")
+    reference = reference or Reference(workload, step_size=config.step_size)
+    if what := has_nan(reference.run):
+        where = "output" if what in ("output", "loss") else what
+        return CheckReport(ok=False, reason=f"plain PyTorch's own {where} holds NaN on these inputs; give other inputs")
+    precision = executor.plan.precision
     with preserved(workload.model), no_dropout(workload.model), workload.mode():
-        run = _within(lambda: reference.pass_(executor), limit_s)
-    reason, output_error, gradient_error = _compare(reference.run, run, config, executor.plan.precision)
+        run = reference.pass_(executor, limit_s=limit_s)
+        reason, output_error, gradient_error = compare(reference.run, run, config, precision)
+        if not reason and reference.after_step is not None:
+            again = reference.pass_after_step(run, executor, limit_s)
+            reason, *errors = compare(reference.after_step, again, config, precision, _AFTER)
+            output_error, gradient_error = max(output_error, errors[0]), max(gradient_error, errors[1])
     if reason and reference.noisy:
         reason += " (the model draws random numbers besides dropout, so two plain runs differ too)"
     return CheckReport(ok=not reason, reason=reason, max_output_error=output_error, max_gradient_error=gradient_error)
 
 
-def _within(fn: Callable[[], _Run], limit_s: float | None) -> _Run:
+def _within(fn: Callable[[], T], limit_s: float | None) -> T:
     if limit_s is None:
         return fn()
     guard = Guard()
@@ -161,103 +271,3 @@ def _within(fn: Callable[[], _Run], limit_s: float | None) -> _Run:
         return guard.run(fn, limit_s)
     finally:
         guard.close()
-
-
-def _has_nan(run: _Run) -> bool:
-    tensors = [x for x in [*run.output.leaves, run.loss] if isinstance(x, torch.Tensor)]
-    return any(bool(torch.isnan(x).any()) for x in tensors if x.is_floating_point() or x.is_complex())
-
-
-@dataclass
-class _Verdict:
-    config: CheckConfig
-    precision: str
-    reason: str = ""
-    output_error: float = 0.0
-    gradient_error: float = 0.0
-
-    def fail(self, reason: str) -> None:
-        self.reason = self.reason or reason
-
-    def tensor(self, what: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Compare an output, a loss or a buffer."""
-        if not self._same_kind(what, a, b):
-            return
-        if not (a.is_floating_point() or a.is_complex()):
-            if not torch.equal(a, b):
-                self.fail(f"{what} differs from plain PyTorch's")
-            return
-        error = _difference(a, b) / max(_largest(a), self.config.floor)
-        self.output_error = max(self.output_error, error)
-        self._judge(what, error, self.config.rtol(a.dtype, self.precision))
-
-    def gradient(self, name: str, a: torch.Tensor | None, b: torch.Tensor | None, largest: float) -> None:
-        """Compare a parameter's gradient."""
-        what = f"the gradient of {name!r}"
-        if a is None or b is None:
-            if a is not b:
-                self.fail(f"{what} is {'there' if a is None else 'missing'}, other than in plain PyTorch")
-            return
-        a, b = (g.to_dense() if g.layout != torch.strided else g for g in (a, b))
-        if not self._same_kind(what, a, b):
-            return
-        scale = _largest(a) + self.config.gradient_floor / self.config.rtol_float32 * largest
-        error = _difference(a, b) / scale if scale else _difference(a, b)
-        self.gradient_error = max(self.gradient_error, error)
-        self._judge(what, error, self.config.rtol(a.dtype, self.precision))
-
-    def _same_kind(self, what: str, a: torch.Tensor, b: torch.Tensor) -> bool:
-        lowered = self.precision != "float32" and a.is_floating_point() and b.is_floating_point()
-        if a.shape != b.shape:
-            self.fail(f"{what} has shape {tuple(b.shape)}, plain PyTorch's {tuple(a.shape)}")
-        elif a.dtype != b.dtype and not lowered:
-            self.fail(f"{what} is {b.dtype}, plain PyTorch's {a.dtype}")
-        elif a.device != b.device:
-            self.fail(f"{what} is on {b.device}, plain PyTorch's on {a.device}")
-        else:
-            return True
-        return False
-
-    def _judge(self, what: str, error: float, rtol: float) -> None:
-        if not error <= rtol:
-            self.fail(f"{what} differs from plain PyTorch's by {error:.2g} of its size, more than {rtol:g}")
-
-
-def _compare(plain: _Run, other: _Run, config: CheckConfig, precision: str) -> tuple[str, float, float]:
-    """Return (reason or "", largest output error, largest gradient error)."""
-    verdict = _Verdict(config, precision)
-    if not plain.output.same_structure(other.output):
-        return "the output's structure differs from plain PyTorch's", float("inf"), 0.0
-    for i, (a, b) in enumerate(zip(plain.output.leaves, other.output.leaves, strict=True)):
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            verdict.tensor(f"output {i}", a, b)
-        elif type(a) is not type(b):
-            verdict.fail(f"output {i} is of type {type(b).__name__}, plain PyTorch's of {type(a).__name__}")
-        elif isinstance(a, int | float | str) and a != b:
-            verdict.fail(f"output {i} is {b!r}, plain PyTorch's {a!r}")
-    if plain.loss is not None and other.loss is not None:
-        verdict.tensor("the loss", plain.loss, other.loss)
-    largest = max((_largest(g) for g in plain.grads.values() if g is not None), default=0.0)
-    for name, grad in plain.grads.items():
-        verdict.gradient(name, grad, other.grads[name], largest)
-    for name, buffer in plain.buffers.items():
-        verdict.tensor(f"buffer {name!r}", buffer, other.buffers[name])
-    return verdict.reason, verdict.output_error, verdict.gradient_error
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    if not tensor.numel():
-        return 0.0
-    values = (tensor.to_dense() if tensor.layout != torch.strided else tensor).abs()
-    finite = torch.where(torch.isfinite(values), values, torch.zeros_like(values))
-    return float(finite.max())
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return max|a - b|; infinities at the same places with the same sign do not differ, NaN differs from all."""
-    if not a.numel():
-        return 0.0
-    wide = torch.promote_types(a.dtype, b.dtype)
-    a, b = a.to(wide), b.to(wide)
-    gap = torch.where(a == b, torch.zeros_like(a), a - b).abs()
-    return float("inf") if bool(torch.isnan(gap).any()) else float(gap.max())

@@ -87,6 +87,7 @@ def interleave(
     before: Callable[[str], None] | None = None,
     after: Callable[[str, float], None] | None = None,
     failed: Callable[[str, Exception], None] | None = None,
+    enough: Callable[[Mapping[str, Sequence[float]]], bool] | None = None,
 ) -> dict[str, list[float]]:
     """Time runs against each other, round by round.
 
@@ -101,6 +102,7 @@ def interleave(
         after: Called with the name and the milliseconds after every counted run, untimed.
         failed: Called with the name and the exception of a run that raised or overran; it takes no further part.
             None = the exception is raised.
+        enough: Asked with the samples so far after every counted round; True ends the run.
 
     Returns:
         Name to milliseconds, one per counted round; of a failed run, those before it failed.
@@ -140,6 +142,8 @@ def interleave(
                         after(name, elapsed_ms)
                 if progress is not None:
                     progress(name, number)
+            if counted and enough is not None and enough(samples):
+                break
     finally:
         guard.close()
     return samples

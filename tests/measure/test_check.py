@@ -1,7 +1,10 @@
+import time
+
 import pytest
 import torch
 from torch import nn
 
+from autoplace.errors import ExecutionError
 from autoplace.measure import CheckConfig, Reference, check_plan
 from autoplace.measure.preserve import no_dropout
 from autoplace.plan import Plan
@@ -191,3 +194,115 @@ def test_no_dropout_reaches_configs():
     with no_dropout(model):
         assert (model.config.attn_pdrop, model.config.size) == (0.0, 0.5)
     assert model.config.attn_pdrop == 0.1
+
+
+class OnCopies(Identity):
+    """Runs on a copy of the weights that it makes once."""
+
+    def __init__(self, model, cluster):
+        super().__init__(model, Plan.plain(), cluster)
+        self.copies = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def __call__(self, *args, **kwargs):
+        stale = {
+            name: c + (p - p.detach())
+            for (name, p), c in zip(self.model.named_parameters(), self.copies.values(), strict=True)
+        }
+        return torch.func.functional_call(self.model, stale, args, kwargs)
+
+
+def test_weights_that_nobody_refreshes_are_caught_by_the_optimizer_step(cluster):
+    work = workload(mlp())
+    report = check_plan(work, OnCopies(work.model, cluster))
+    assert not report.ok and report.reason.endswith("after an optimizer step")
+    assert "output 0 differs" in report.reason
+    blind = CheckConfig(step_size=0.0)
+    assert check_plan(work, OnCopies(work.model, cluster), config=blind).ok, "nothing else tells it"
+
+
+def test_the_step_is_what_plain_gradient_descent_makes(cluster, make_plan):
+    work = workload(mlp())
+    values = {name: p.detach().clone() for name, p in work.model.named_parameters()}
+    reference = Reference(work)
+    grads = reference.run.grads
+    largest = max(float(g.abs().max()) for g in grads.values())
+    assert reference.learning_rate * largest == pytest.approx(0.01 * max(float(v.abs().max()) for v in values.values()))
+    for name, stepped in reference.after_step.stepped.items():
+        torch.testing.assert_close(stepped, values[name] - reference.learning_rate * grads[name])
+        assert not torch.equal(stepped, values[name])
+    assert Reference(workload(mlp(), training=False)).after_step is None
+
+
+def test_parameters_and_the_graphs_over_them_outlive_the_step(cluster, make_plan):
+    work = workload(mlp())
+    values = {name: p.detach().clone() for name, p in work.model.named_parameters()}
+    pending = work.model(torch.randn(3, 4)).sum()
+    versions = [p._version for p in work.model.parameters()]
+    with build_executor(work.model, make_plan(A, B), cluster) as executor:
+        assert check_plan(work, executor).ok
+    assert versions == [p._version for p in work.model.parameters()]
+    assert all(torch.equal(p, values[name]) for name, p in work.model.named_parameters())
+    pending.backward()
+    assert all(p.grad is not None for p in work.model.parameters())
+
+
+def test_parameters_are_put_back_when_the_pass_after_the_step_hangs(cluster):
+    class Hangs(Identity):
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == 2:
+                time.sleep(1.0)
+            return self.model(*args, **kwargs)
+
+    work = workload(mlp())
+    values = {name: p.detach().clone() for name, p in work.model.named_parameters()}
+    with pytest.raises(ExecutionError, match="did not finish"):
+        check_plan(work, Hangs(work.model, Plan.plain(), cluster), limit_s=0.3)
+    assert all(torch.equal(p, values[name]) for name, p in work.model.named_parameters())
+
+
+def test_outputs_of_other_types_and_outputs_that_are_inputs(cluster):
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.lin(x)
+            return {"y": y, "best": y.argmax(1), "positive": y > 0, "x": x, "first": x[:2], "n": len(x), "none": None}
+
+    work = workload(Many())
+    assert check_plan(work, Identity(work.model, Plan.plain(), cluster)).ok
+    for key, words in (("best", "output 1"), ("positive", "output 2")):
+        wrong = Wrong(
+            work.model,
+            cluster,
+            lambda y, key=key: {**y, key: 1 - y[key].long()} if key == "best" else {**y, key: ~y[key]},
+        )
+        assert words in check_plan(work, wrong).reason
+
+
+def test_inputs_that_the_model_writes_into_and_their_gradients(cluster):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            x += 1.0
+            return self.lin(x) * y
+
+    x, y = torch.zeros(3, 4), torch.randn(3, 4, requires_grad=True)
+    work = Workload(model=Writes(), args=(x, y), training=True)
+    assert check_plan(work, Identity(work.model, Plan.plain(), cluster)).ok
+    assert bool((x == 0).all()) and y.grad is None
+    wrong = Wrong(work.model, cluster, lambda z: z)
+    wrong.model = lambda x, y: work.model(x, y.detach())
+    assert "gradient of 'input 1' is missing" in check_plan(work, wrong).reason
+
+
+def test_nan_in_plain_gradients_is_said(cluster):
+    work = workload(nn.Linear(4, 3), loss=lambda y: (y - y).sum().sqrt())
+    assert "own gradient of 'weight' holds NaN" in check_plan(work, Identity(work.model, Plan.plain(), cluster)).reason
