@@ -62,15 +62,17 @@ class BackgroundTuning:
         self._start_s = time.perf_counter()
         self._end_s: float | None = None
         thread = TaskThread("autoplace tuning")
-        self._future = thread.submit(partial(self._run, copied, tune))
+        self._future = thread.submit(partial(self._run, [copied], tune))
         thread.close()
 
-    def _run(self, workload: Workload, tune: Callable[[Workload], TuneResult]) -> TuneResult:
+    def _run(self, box: list[Workload], tune: Callable[[Workload], TuneResult]) -> TuneResult:
         _current.cancelled = self._cancelled
+        workload = box.pop()  # so that nothing else holds the copy
         try:
             with hands_off():
                 return tune(workload)
         except BaseException as error:
+            del workload
             _let_go(error)
             raise
         finally:
