@@ -28,6 +28,7 @@ from ._base import Executor
 from .batch import batch_size, part_sizes
 from .segments import wait_all
 from .sites import PRECISIONS, Call, Rows, Site, finish
+from .tree import shared_object
 from .turns import Turns, take_turn
 from .worker import DeviceWorker, Ledger, TaskThread
 
@@ -108,6 +109,11 @@ class PartsExecutor(Executor):
         return self._run_parts(call, whole)
 
     def _run_parts(self, call: Call, whole: list[str | None]) -> Any:
+        shared = shared_object(call.tree.leaves)
+        if shared is not None:
+            raise ExecutionError(
+                f"an input of type {type(shared).__name__} cannot be split with the batch; use a plan with one part"
+            )
         batch = batch_size(call.tree.leaves)
         batched = [isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == batch for x in call.tree.leaves]
         futures, sizes, start = [], [], 0

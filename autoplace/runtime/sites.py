@@ -134,7 +134,7 @@ class Site:
         function, parameters, done = self._callable(call)
         args, kwargs = call.tree.build(values)
         with self._autocast():
-            output = Tree(function(*args, **kwargs))
+            output = Tree(function(*args, **kwargs), objects=True, keep=call.tree.leaves)
         done()
         self._bring_home(output, call.home)
         if not call.graph:

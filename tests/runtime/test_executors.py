@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
 from autoplace.errors import ExecutionError
 from autoplace.plan import Plan
@@ -404,6 +404,38 @@ def test_compiled_plans_go_through_torch_compile_once_per_module(cluster, make_p
             for _ in range(2):
                 torch.testing.assert_close(executor(x), net(x))
         assert len(compiled) == count
+
+
+@pytest.mark.parametrize("plan", [(A,), (A, B), ({"transformer.h.0": A, "transformer.h.1": B},)])
+def test_caches_among_the_outputs_are_merged(cluster, make_plan, plan):
+    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=8)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 16, (4, 5))
+    expected = model(input_ids=ids)
+    with build_executor(model, make_plan(*plan, microbatches=2), cluster) as executor:
+        output = executor(input_ids=ids)
+    assert type(output.past_key_values) is type(expected.past_key_values)
+    for got, plain in zip(output.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close((got.keys, got.values), (plain.keys, plain.values))
+    token = ids[:, :1]
+    torch.testing.assert_close(
+        model(input_ids=token, past_key_values=output.past_key_values).logits,
+        model(input_ids=token, past_key_values=expected.past_key_values).logits,
+    )
+
+
+def test_a_cache_among_the_inputs_is_never_split(cluster, make_plan):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
+    ids = torch.randint(0, 16, (4, 3))
+    cache, expected = DynamicCache(), model(input_ids=ids)
+    split = build_executor(model, make_plan(A, B), cluster)
+    with split, pytest.raises(ExecutionError, match="DynamicCache cannot be split"):
+        split(input_ids=ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0, "no part has touched it"
+    with build_executor(model, make_plan(A), cluster) as executor:
+        output = executor(input_ids=ids, past_key_values=cache)
+    assert output.past_key_values is cache and cache.get_seq_length() == 3
+    torch.testing.assert_close(cache.layers[0].keys, expected.past_key_values.layers[0].keys)
 
 
 def test_a_timeline_shows_what_ran_on_each_device(cluster, make_plan):
