@@ -11,15 +11,15 @@ train/eval flags, random state.
    reason says that it was left.
 3. Energy is counted over the timed passes themselves; where GPU counters are read, which tick slowly, over a stretch of
    `energy_stretch_s` after them.
-4. Peak memory of CPU groups is the process's growth, under the plan's first CPU device, since groups share the host's
+4. Executors are kept from one call to the next when `keep` says so; `close` then ends them. → `measure.pool`
+5. Peak memory of CPU groups is the process's growth, under the plan's first CPU device, since groups share the host's
    memory. → `measure.memory`
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,12 +30,14 @@ from autoplace.hardware.energy import EnergyMeter, best_meter
 from autoplace.outcome import Outcome, Span
 from autoplace.plan import Plan
 from autoplace.problem import Objective
-from autoplace.runtime import Executor, build_executor
+from autoplace.runtime import Executor
+from autoplace.runtime.fitness import unfit
 from autoplace.workload import Workload
 
 from .check import CheckConfig, Reference, check_plan
 from .figures import memory_reason, peak_bytes, plain_busy_ms, sentence
 from .memory import PeakMemory, SavedBytes
+from .pool import ExecutorPool, plan_key
 from .preserve import clear_gradients, preserved
 from .protocol import Guard, interleave, summary
 
@@ -44,7 +46,11 @@ __all__ = ["MeasuredEvaluator"]
 _PLAIN_LIMIT_FACTOR = 10.0
 """The plain plan may take this many times the limit: what takes long on plain PyTorch must still be measured."""
 _COMPILE_LIMIT_S = 180.0
-"""A compiled plan's pass may always take this long: the first ones compile, for the check and for the timed runs."""
+"""A compiled plan's pass may take this long: the first ones compile, for the check and for the timed runs."""
+_LEAST_ROUNDS = 3
+"""Counted rounds of a run that `until_s` ends."""
+Enough = Callable[[Sequence[Outcome]], bool]
+"""Told the Outcomes so far, one per plan, after every counted round; True ends the run."""
 _ENERGY_STRETCH_S = 0.5
 """Passes are repeated this long where counters tick every 20 to 100 ms (NVML)."""
 
@@ -61,6 +67,10 @@ class _Candidate:
     timeline: tuple[Span, ...] = ()
     memory: PeakMemory = field(default_factory=PeakMemory)
     passes: int = 0
+    first_s: float = 0.0
+    """Seconds of the check."""
+    compiled_s: float | None = None
+    """Seconds of compiling up to then; None where the executor does not say."""
 
 
 class MeasuredEvaluator:
@@ -76,6 +86,7 @@ class MeasuredEvaluator:
         meter: Energy meter; None = `best_meter` of the cluster.
         check: Whether plans are compared with plain PyTorch before they are timed.
         check_config: Tolerances of that; None = the usual ones.
+        keep: Executors that are kept for plans that come again; call `close`, or use it as a context, if any are.
         record: Called with each plan and its Outcome as soon as it is known.
         progress: Called with the plan and the round after each pass.
 
@@ -95,6 +106,7 @@ class MeasuredEvaluator:
         meter: EnergyMeter | None = None,
         check: bool = True,
         check_config: CheckConfig | None = None,
+        keep: int = 0,
         record: Callable[[Plan, Outcome], None] | None = None,
         progress: Callable[[Plan, int], None] | None = None,
     ) -> None:
@@ -110,6 +122,8 @@ class MeasuredEvaluator:
         self._reference: Reference | None = None
         self._versions: list[int] = []
         self._verdicts: dict[str, str] = {}
+        self._compile_s: dict[str, float] = {}
+        self._pool = ExecutorPool(workload.model, cluster, keep)
         self._activation_bytes: int | None = None
         if objective.energy_weight > 0 and self.meter.source == "none":
             raise InputError(
@@ -121,8 +135,24 @@ class MeasuredEvaluator:
         """Measure plans against each other; see `autoplace.outcome.Evaluator.evaluate`."""
         return self.evaluate_interleaved(plans, self._repeats)
 
-    def evaluate_interleaved(self, plans: Sequence[Plan], rounds: int) -> list[Outcome]:
+    def evaluate_interleaved(
+        self,
+        plans: Sequence[Plan],
+        rounds: int,
+        *,
+        warmup: int | None = None,
+        enough: Enough | None = None,
+        until_s: float | None = None,
+    ) -> list[Outcome]:
         """Measure plans against each other, with a number of counted rounds of its own.
+
+        Args:
+            plans: Any; the same one may be there twice.
+            rounds: Counted passes of each plan, at most.
+            warmup: Passes before them; None = as the evaluator has it.
+            enough: Ends the run early.
+            until_s: When to end, by `time.perf_counter`: plans whose turn comes later are not tried, and no round
+                begins later once there are three.
 
         Returns:
             One Outcome per plan. `samples_ms` of feasible plans have one entry per round, for `pair_ratios`.
@@ -133,44 +163,87 @@ class MeasuredEvaluator:
             try:
                 self._forget_if_changed()
                 for candidate in candidates:
-                    self._prepare(candidate)
-                samples = self._time(candidates, rounds)
+                    self._prepare(candidate, until_s)
+                samples = self._time(candidates, rounds, self._warmup if warmup is None else warmup, enough, until_s)
             finally:
                 for candidate in candidates:
-                    if candidate.executor is not None:
-                        candidate.executor.close()
+                    self._count_compiling(candidate)
+                    if candidate.reason:
+                        self._pool.drop(candidate.plan)
+                self._pool.trim()
         outcomes = [self._outcome(c, samples.get(str(i), [])) for i, c in enumerate(candidates)]
         if self._record is not None:
             for plan, outcome in zip(plans, outcomes, strict=True):
                 self._record(plan, outcome)
         return outcomes
 
-    def _prepare(self, candidate: _Candidate) -> None:
+    def compile_s(self, plan: Plan) -> float:
+        """Return the seconds that compiling a plan took when it was measured; 0 for one that is not compiled."""
+        return self._compile_s.get(plan_key(plan), 0.0)
+
+    def close(self) -> None:
+        """Close the executors that were kept; the next call builds its own again."""
+        self._pool.close()
+
+    def __enter__(self) -> MeasuredEvaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(self, candidate: _Candidate, until_s: float | None) -> None:
         """Build and check; leaves a reason in a candidate that fails."""
         plan = candidate.plan
         try:
-            candidate.reason = self._memory_reason(plan)
+            candidate.reason = self._refusal(plan, until_s)
             if candidate.reason:
                 return
-            executor = candidate.executor = build_executor(self.workload.model, plan, self.cluster)
-            key = json.dumps({**plan.to_json(), "strategy": ""}, sort_keys=True)
+            executor = candidate.executor = self._pool.take(plan)
+            key = plan_key(plan)
             if self._check and not self._is_reference(plan) and key not in self._verdicts:
+                reference = self._plain_results()
+                start = time.perf_counter()
                 report = check_plan(
                     self.workload,
                     executor,
                     config=self._check_config,
-                    reference=self._plain_results(),
-                    limit_s=self._limit_of(plan),
+                    reference=reference,
+                    limit_s=self._limit_of(plan, until_s),
                 )
+                candidate.first_s = time.perf_counter() - start
+                candidate.compiled_s = _compiled_s(executor)
                 self._verdicts[key] = report.reason
             candidate.reason = self._verdicts.get(key, "")
         except Exception as error:
             candidate.reason = sentence(error)
 
-    def _limit_of(self, plan: Plan) -> float:
-        """Return the seconds that one pass of a plan may take."""
-        limit_s = self._limit_s * (_PLAIN_LIMIT_FACTOR if plan.is_plain else 1.0)
-        return max(limit_s, _COMPILE_LIMIT_S) if plan.compiled else limit_s
+    def _refusal(self, plan: Plan, until_s: float | None) -> str:
+        """Return why a plan is not even built, or nothing."""
+        if until_s is not None and not plan.is_plain and time.perf_counter() > until_s:
+            return "the budget was spent before its turn"
+        reason = unfit(self.workload.model, plan, training=self.workload.training) if self._check else ""
+        return reason or self._memory_reason(plan)
+
+    def _count_compiling(self, candidate: _Candidate) -> None:
+        """Note what a user of the plan would wait for: one compilation, not those of the check and the runs together.
+
+        The check runs without dropout, which is another function to the compiler. An executor that does not count is
+        taken to have compiled during its check.
+        """
+        plan, executor = candidate.plan, candidate.executor
+        if not plan.compiled or executor is None:
+            return
+        before, after = candidate.compiled_s, _compiled_s(executor)
+        spent_s = candidate.first_s if before is None or after is None else max(before, after - before)
+        self._compile_s[plan_key(plan)] = max(spent_s, self.compile_s(plan))
+
+    def _limit_of(self, plan: Plan, until_s: float | None) -> float:
+        """Return the seconds that one pass of a plan may take; to compile, at most what is left."""
+        limit_s = self._limit_s * (_PLAIN_LIMIT_FACTOR if plan.is_plain and not plan.compiled else 1.0)
+        if not plan.compiled:
+            return limit_s
+        left_s = _COMPILE_LIMIT_S if until_s is None else min(_COMPILE_LIMIT_S, until_s - time.perf_counter())
+        return max(limit_s, left_s)
 
     @staticmethod
     def _is_reference(plan: Plan) -> bool:
@@ -185,7 +258,7 @@ class MeasuredEvaluator:
 
     def _plain_results(self) -> Reference:
         if self._reference is None:
-            self._reference = Reference(self.workload)
+            self._reference = Reference(self.workload, step_size=self._check_config.step_size)
         return self._reference
 
     def _memory_reason(self, plan: Plan) -> str:
@@ -199,13 +272,20 @@ class MeasuredEvaluator:
             self._activation_bytes = count.total(self.workload.model)
         return memory_reason(self.workload, self.cluster, plan, self._activation_bytes)
 
-    def _time(self, candidates: Sequence[_Candidate], rounds: int) -> dict[str, list[float]]:
+    def _time(
+        self,
+        candidates: Sequence[_Candidate],
+        rounds: int,
+        warmup: int,
+        enough: Enough | None,
+        until_s: float | None,
+    ) -> dict[str, list[float]]:
         runs: dict[str, Callable[[], None]] = {}
         limits: dict[str, float] = {}
         for i, candidate in enumerate(candidates):
             if candidate.executor is not None and not candidate.reason:
                 runs[str(i)] = self._pass_of(candidate.executor)
-                limits[str(i)] = self._limit_of(candidate.plan)
+                limits[str(i)] = self._limit_of(candidate.plan, until_s)
         if not runs:
             return {}
         slow_counters = "nvml" in self.meter.source
@@ -237,15 +317,27 @@ class MeasuredEvaluator:
         def failed(name: str, error: Exception) -> None:
             candidates[int(name)].reason = sentence(error)
 
+        def ended(samples: Mapping[str, Sequence[float]]) -> bool:
+            if (
+                until_s is not None
+                and time.perf_counter() > until_s
+                and max(map(len, samples.values())) >= _LEAST_ROUNDS
+            ):
+                return True
+            return enough is not None and enough(
+                [self._outcome(c, samples.get(str(i), [])) for i, c in enumerate(candidates)]
+            )
+
         samples = interleave(
             runs,
             repeats=rounds,
-            warmup=self._warmup,
+            warmup=warmup,
             deadline_s=limits,
             progress=progress,
             before=before,
             after=after,
             failed=failed,
+            enough=ended,
         )
         if slow_counters:
             for name in runs:
@@ -318,3 +410,8 @@ class MeasuredEvaluator:
             samples_ms=tuple(samples),
             timeline=candidate.timeline,
         )
+
+
+def _compiled_s(executor: Executor) -> float | None:
+    count: Callable[[], float] | None = getattr(executor, "compile_s", None)
+    return None if count is None else count()

@@ -1,4 +1,4 @@
-import time
+import threading
 
 import pytest
 import torch
@@ -247,19 +247,22 @@ def test_parameters_and_the_graphs_over_them_outlive_the_step(cluster, make_plan
 
 
 def test_parameters_are_put_back_when_the_pass_after_the_step_hangs(cluster):
+    goes_on = threading.Event()
+
     class Hangs(Identity):
         calls = 0
 
         def __call__(self, *args, **kwargs):
             self.calls += 1
             if self.calls == 2:
-                time.sleep(1.0)
+                goes_on.wait(10.0)
             return self.model(*args, **kwargs)
 
     work = workload(mlp())
     values = {name: p.detach().clone() for name, p in work.model.named_parameters()}
     with pytest.raises(ExecutionError, match="did not finish"):
         check_plan(work, Hangs(work.model, Plan.plain(), cluster), limit_s=0.3)
+    goes_on.set()
     assert all(torch.equal(p, values[name]) for name, p in work.model.named_parameters())
 
 

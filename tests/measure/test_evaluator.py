@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from autoplace.errors import InputError
+from autoplace.errors import ExecutionError, InputError
 from autoplace.hardware.energy import NullMeter
 from autoplace.measure import MeasuredEvaluator, figures, pair_ratios
 from autoplace.outcome import Evaluator
 from autoplace.plan import Plan
 from autoplace.problem import Objective
+from autoplace.runtime import Identity, build_executor
 from autoplace.workload import Workload
 
 A, B = "host0/cpu:0", "host0/cpu:1"
@@ -112,7 +113,7 @@ def test_failures_become_infeasible_outcomes(cluster, make_plan):
     ]:
         work = workload(nn.Sequential(InWorker(deed), nn.Dropout(0.25)))
         evaluator = MeasuredEvaluator(work, cluster, repeats=1, warmup=0, limit_s=0.2)
-        bad, plain = evaluator.evaluate([make_plan(A), Plan.plain()])
+        bad, plain = evaluator.evaluate([make_plan(A, B), Plan.plain()])
         assert not bad.feasible and words in bad.reason
         assert bad.latency_ms == bad.objective == float("inf")
         assert plain.feasible
@@ -128,14 +129,18 @@ def test_what_hangs_only_when_timed_is_dropped_too(cluster, make_plan):
             time.sleep(1.0)
 
     evaluator = MeasuredEvaluator(workload(InWorker(third_hangs)), cluster, repeats=4, warmup=0, limit_s=0.3)
-    bad, plain = evaluator.evaluate([make_plan(A), Plan.plain()])
+    bad, plain = evaluator.evaluate([make_plan(A, B), Plan.plain()])
     assert not bad.feasible and "did not finish" in bad.reason
     assert plain.feasible and len(plain.samples_ms) == 4
 
 
 def test_plans_that_compute_something_else_are_not_timed(cluster, make_plan):
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    work = workload(model, training=True)
+    class Centred(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y - y.mean(0)
+
+    work = workload(Centred(8, 8), training=True)
     plan = make_plan(A, B)
     (outcome,) = MeasuredEvaluator(work, cluster, repeats=1, warmup=0).evaluate([plan])
     assert not outcome.feasible and "differs from plain PyTorch" in outcome.reason
@@ -203,3 +208,101 @@ def test_slow_counters_are_read_over_a_stretch(cluster, make_plan):
     (outcome,) = MeasuredEvaluator(workload(), cluster, repeats=1, warmup=0, meter=meter).evaluate([make_plan(A)])
     assert len(meter.stretches) == 1 and meter.stretches[0] >= 500
     assert 0 < outcome.energy_j < 0.25 and outcome.energy_source == "nvml"
+
+
+def test_executors_are_kept_from_call_to_call_and_closed_at_the_end(cluster, make_plan, monkeypatch):
+    from autoplace.measure import pool
+
+    built = []
+
+    def build(model, plan, cluster):
+        built.append(build_executor(model, plan, cluster))
+        return built[-1]
+
+    monkeypatch.setattr(pool, "build_executor", build)
+    plans = [Plan.plain(), Plan.plain(), make_plan(A), make_plan({"0": A, "1": A, "2": B})]
+    work = workload()
+    with MeasuredEvaluator(work, cluster, repeats=1, warmup=0, keep=8) as evaluator:
+        first, second = evaluator.evaluate(plans), evaluator.evaluate(plans[::-1])
+        assert all(o.feasible for o in first + second)
+        assert len(built) == 3 and len(evaluator._pool) == 3
+        assert "forward" in vars(work.model[0]), "the gates of the kept stages"
+    assert "forward" not in vars(work.model[0])
+    with pytest.raises(ExecutionError, match="closed"):
+        built[1](*work.args)
+    built.clear()
+    evaluator = MeasuredEvaluator(work, cluster, repeats=1, warmup=0)
+    evaluator.evaluate(plans), evaluator.evaluate(plans)
+    assert len(built) == 6 and len(evaluator._pool) == 0, "nothing is kept unless asked for"
+    few = MeasuredEvaluator(work, cluster, repeats=1, warmup=0, keep=1)
+    few.evaluate(plans)
+    assert len(few._pool) == 1
+    few.close()
+
+
+def test_an_executor_that_failed_is_not_kept(cluster, make_plan):
+    def raises():
+        raise RuntimeError("bad weather")
+
+    work = workload(InWorker(raises))
+    with MeasuredEvaluator(work, cluster, repeats=1, warmup=0, keep=8) as evaluator:
+        bad, plain = evaluator.evaluate([make_plan(A, B), Plan.plain()])
+        assert not bad.feasible and plain.feasible and len(evaluator._pool) == 1
+
+
+def test_a_run_ends_when_it_knows_enough_or_its_time_is_up(cluster, make_plan):
+    seen = []
+
+    def enough(outcomes):
+        seen.append([len(o.samples_ms) for o in outcomes])
+        return len(seen) == 4
+
+    evaluator = MeasuredEvaluator(workload(), cluster, warmup=0)
+    outcomes = evaluator.evaluate_interleaved([Plan.plain(), make_plan(A)], 9, enough=enough)
+    assert seen == [[1, 1], [2, 2], [3, 3], [4, 4]]
+    assert [len(o.samples_ms) for o in outcomes] == [4, 4]
+    past = time.perf_counter() - 1.0
+    plain, late = evaluator.evaluate_interleaved([Plan.plain(), make_plan(A)], 9, until_s=past)
+    assert len(plain.samples_ms) == 3
+    assert not late.feasible and "budget" in late.reason
+
+
+def test_plans_that_do_not_fit_the_model_are_not_built(cluster, make_plan, monkeypatch):
+    from autoplace.measure import pool
+
+    monkeypatch.setattr(pool, "build_executor", lambda model, plan, cluster: Identity(model, plan, cluster))
+    work = workload(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), training=True)
+    evaluator = MeasuredEvaluator(work, cluster, repeats=1, warmup=0)
+    (outcome,) = evaluator.evaluate([make_plan(A, B)])
+    assert not outcome.feasible and "statistics over the whole batch" in outcome.reason
+    assert len(evaluator._pool) == 0
+
+
+def test_seconds_of_compiling_are_kept_by_plan(cluster, monkeypatch):
+    from autoplace.measure import pool
+
+    class Counts(Identity):
+        spent_s = 0.0
+
+        def __call__(self, *args, **kwargs):
+            self.spent_s += 2.0 if self.spent_s == 0 else 5.0 if self.spent_s == 2.0 else 0.0
+            return self.model(*args, **kwargs)
+
+        def compile_s(self):
+            return self.spent_s
+
+    class Silent(Identity):
+        compile_s = None
+
+        def __call__(self, *args, **kwargs):
+            if not hasattr(self, "called"):
+                self.called = time.sleep(0.3)
+            return self.model(*args, **kwargs)
+
+    compiled = Plan.plain().with_(compiled=True)
+    for kind, expected in ((Counts, 5.0), (Silent, pytest.approx(0.4, abs=0.1))):
+        monkeypatch.setattr(pool, "build_executor", lambda model, plan, cluster, kind=kind: kind(model, plan, cluster))
+        evaluator = MeasuredEvaluator(workload(), cluster, repeats=2, warmup=1)
+        assert all(o.feasible for o in evaluator.evaluate([Plan.plain(), compiled]))
+        assert evaluator.compile_s(compiled) == expected, "one compilation, of the check's and the runs' two"
+        assert evaluator.compile_s(Plan.plain()) == 0.0
