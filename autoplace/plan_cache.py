@@ -12,6 +12,7 @@ directory that cannot be written is no error.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import logging
@@ -32,9 +33,10 @@ from autoplace.files import read_json, write_text_atomically
 from autoplace.hardware.cluster import Cluster
 from autoplace.likeness import describe, describe_model
 from autoplace.plan import Plan
+from autoplace.result import TuneResult
 from autoplace.workload import Workload
 
-__all__ = ["CachedPlan", "cache_key", "clear", "load_plan", "store_plan"]
+__all__ = ["CachedPlan", "cache_key", "clear", "facts_of", "load_plan", "store_plan"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class CachedPlan:
 
     plan: Plan
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What `store_plan` was given: speed-up, noise, date, versions; JSON-ready."""
+    """What `store_plan` was given, as → `facts_of` makes it; JSON-ready."""
 
 
 def cache_key(workload: Workload, cluster: Cluster, *, options: Mapping[str, Any]) -> str:
@@ -80,13 +82,33 @@ def cache_key(workload: Workload, cluster: Cluster, *, options: Mapping[str, Any
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def facts_of(result: TuneResult) -> dict[str, Any]:
+    """Return what a tuning found about the plan that it kept, JSON-ready; `report.explain` reads it."""
+    chosen = result.chosen
+    return {
+        "model": result.model_name,
+        "mode": result.mode,
+        "batch_size": result.batch_size,
+        "label": chosen.label,
+        "kept": "plain" if chosen is result.baseline else "plan",
+        "speedup": chosen.speedup,
+        "interval": list(chosen.speedup_interval) if chosen.speedup_interval else None,
+        "noise": result.noise,
+        "check": chosen.check,
+        "capture_rung": result.capture_rung,
+        "capture_reason": result.capture_reason,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {k: v for k, v in result.environment.items() if k in ("autoplace", "torch", "python")},
+    }
+
+
 def store_plan(key: str, plan: Plan, facts: Mapping[str, Any]) -> None:
     """Keep a plan under its key, atomically; over the cap, those not used for longest are removed.
 
     Args:
         key: What → `cache_key` returned.
         plan: The plan that a tuning kept; the identity plan too, so that nobody tunes in vain again.
-        facts: What is to be known about it later; figures that are not finite become null.
+        facts: What is to be known about it later, for example → `facts_of`; figures that are not finite become null.
 
     Raises:
         InputError: If `key` is no such key.

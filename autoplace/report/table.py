@@ -128,8 +128,12 @@ def describe_plan(plan: Plan) -> str:
     knobs = []
     if plan.microbatches > 1:
         knobs.append(f"{plan.microbatches} microbatches")
+    if plan.engine != "threads":
+        knobs.append(f"by {plan.engine}")
     if plan.compiled:
         knobs.append("compiled")
+    if plan.channels_last:
+        knobs.append("channels last")
     if plan.precision != "float32":
         knobs.append(plan.precision)
     return ", ".join([_where(plan), *knobs])
