@@ -217,7 +217,7 @@ def _run(
     tracking_uri: str | None,
 ) -> None:
     from autoplace.agents.train import train as run_training
-    from autoplace.cli.tune import progress_bars
+    from autoplace.progress import progress_bars
     from autoplace.zoo.tracking import track_run
 
     make_directory(config.output, InputError)

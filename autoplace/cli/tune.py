@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from autoplace import tuner
 from autoplace.cli.factory import load_workload
@@ -21,13 +18,14 @@ from autoplace.errors import InputError
 from autoplace.files import make_directory, write_text_atomically
 from autoplace.hardware.cluster import Cluster
 from autoplace.problem import Objective
+from autoplace.progress import progress_bars
 from autoplace.report import candidates_table, write_report, write_trace
 from autoplace.result import TuneResult
 from autoplace.runtime import build_executor
 from autoplace.tracked import tracked_tune
 from autoplace.workload import Workload
 
-__all__ = ["progress_bars", "tune"]
+__all__ = ["tune"]
 
 
 def tune(
@@ -84,31 +82,6 @@ def tune(
     _show(console, result)
     _run_chosen(console, workload, result)
     _write(console, result, output, tracking_uri)
-
-
-@contextmanager
-def progress_bars(console: Console) -> Iterator[tuner.Progress]:
-    """Show one bar per phase; yields the callback that `tuner.tune` takes."""
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=32),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, int] = {}
-
-        def update(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            task = bars.tasks[tasks[phase]]
-            bars.update(
-                task.id,
-                completed=max(done, task.total or 0) if done == total == 1 else done,
-                total=max(total, int(task.total or 0)),
-            )
-
-        yield update
 
 
 def _show(console: Console, result: TuneResult) -> None:

@@ -91,7 +91,7 @@ def _find_policy(policy: str | None, tracking_uri: str | None) -> Path | None:
 def _run(console: Console, config: TuneAgentConfig, tracking_uri: str | None) -> TuneAgentResult:
     """Search inside an MLflow run; trials are runs of their own below it."""
     from autoplace.agents.tune_agent import tune_agent as search
-    from autoplace.cli.tune import progress_bars
+    from autoplace.progress import progress_bars
     from autoplace.zoo.tracking import track_run
 
     params = {k: v for k, v in asdict(config).items() if k not in ("output", "base", "start")}
