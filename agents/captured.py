@@ -18,7 +18,7 @@ import torch
 
 from autoplace.costs import cache
 from autoplace.errors import InputError
-from autoplace.graph.capture import capture_kwargs
+from autoplace.graph.caches import caches_off, capture_kwargs
 from autoplace.graph.coarsen import coarsen
 from autoplace.graph.export_capture import capture_by_export
 from autoplace.graph.opgraph import OpGraph
@@ -167,8 +167,9 @@ def _capture(spec: ModelSpec, name: str, training: bool) -> CapturedGraph:
         for key, shape in spec.inputs.items()
     }
     workload = Workload(model=model, kwargs=inputs, training=training, name=name)
-    with workload.mode():
-        graph, called, _ = capture_by_export(workload, capture_kwargs(workload))
+    kwargs = capture_kwargs(workload)
+    with workload.mode(), caches_off(model, kwargs):
+        graph, called, _ = capture_by_export(workload, kwargs)
     return CapturedGraph(graph=graph, called=tuple(sorted(called)))
 
 

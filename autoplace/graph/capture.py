@@ -10,22 +10,22 @@ and after, → `preserve_model`.
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from autoplace.errors import InputError
+from autoplace.graph.caches import caches_off, capture_kwargs
 from autoplace.graph.dispatch_capture import capture_by_dispatch
 from autoplace.graph.export_capture import capture_by_export
 from autoplace.graph.opgraph import OpGraph
 from autoplace.graph.preserve import preserve_model
 from autoplace.workload import Workload
 
-__all__ = ["Capture", "capture", "capture_kwargs"]
+__all__ = ["Capture", "capture"]
 
 Rung = Literal["export", "dispatch", "module"]
 
@@ -60,12 +60,12 @@ def capture(workload: Workload) -> Capture:
     """
     kwargs, reasons = capture_kwargs(workload), []
     try:
-        graph, called, dynamic = _guarded(workload, lambda: capture_by_export(workload, kwargs))
+        graph, called, dynamic = _guarded(workload, kwargs, lambda: capture_by_export(workload, kwargs))
         return Capture(graph=graph, rung="export", called=frozenset(called), dynamic_batch=dynamic)
     except Exception as error:
         reasons.append(f"torch.export: {_first_line(error)}")
     try:
-        graph, called = _guarded(workload, lambda: capture_by_dispatch(workload, kwargs))
+        graph, called = _guarded(workload, kwargs, lambda: capture_by_dispatch(workload, kwargs))
         return Capture(graph=graph, rung="dispatch", called=frozenset(called), reason="; ".join(reasons))
     except Exception as error:
         _check_runs(workload)
@@ -73,30 +73,15 @@ def capture(workload: Workload) -> Capture:
     return Capture(graph=_one_op(workload), rung="module", reason="; ".join(reasons))
 
 
-def capture_kwargs(workload: Workload) -> dict[str, Any]:
-    """Return the keyword inputs with caches switched off where the model has that switch and the user left it alone."""
-    kwargs = dict(workload.kwargs)
-    try:
-        signature = inspect.signature(workload.model.forward)
-        given = signature.bind_partial(*workload.args, **kwargs).arguments
-    except (TypeError, ValueError):
-        return kwargs
-    config = getattr(workload.model, "config", None)
-    hidden = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and getattr(config, "use_cache", None)
-    if "use_cache" not in given and "use_cache" not in kwargs and ("use_cache" in signature.parameters or hidden):
-        kwargs["use_cache"] = False
-    return kwargs
-
-
-def _guarded(workload: Workload, run: Callable[[], Any]) -> Any:
-    with preserve_model(workload.model), workload.mode():
+def _guarded(workload: Workload, kwargs: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+    with preserve_model(workload.model), workload.mode(), caches_off(workload.model, kwargs):
         return run()
 
 
 def _check_runs(workload: Workload) -> None:
     """Raise InputError if the model cannot run plainly, too: then the fault is not capture's."""
     try:
-        _guarded(workload, workload.forward)
+        _guarded(workload, workload.kwargs, workload.forward)
     except Exception as error:
         raise InputError(
             f"the model cannot run on these inputs ({_first_line(error)}); "

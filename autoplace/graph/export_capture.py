@@ -71,8 +71,38 @@ def _export(workload: Workload, kwargs: Mapping[str, Any], *, dynamic: bool) -> 
     shapes = None
     if dynamic and size > 1:
         shapes = _dynamic_shapes(workload, kwargs, spec)
-    with _quiet(), torch.set_grad_enabled(workload.training):
+    with _quiet(), _unmarked((workload.args, kwargs)), _no_validation(), torch.set_grad_enabled(workload.training):
         return torch.export.export(workload.model, workload.args, dict(kwargs), strict=False, dynamic_shapes=shapes)
+
+
+@contextmanager
+def _unmarked(inputs: Any) -> Iterator[None]:
+    """Take the marks off the inputs that an export that fails leaves on them.
+
+    They would make the next export dynamic, and the user's own `torch.compile`.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    marks = [dict(vars(tensor)) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, own in zip(tensors, marks, strict=True):
+            for name in [name for name in vars(tensor) if "_dynamo_" in name]:
+                delattr(tensor, name)
+            for name, mark in own.items():
+                setattr(tensor, name, mark)
+
+
+@contextmanager
+def _no_validation() -> Iterator[None]:
+    """Let `torch.distributions` take their arguments unseen: looking at values is what export cannot."""
+    distribution = torch.distributions.Distribution
+    before = distribution._validate_args
+    distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        distribution.set_default_validate_args(before)
 
 
 def _dynamic_shapes(

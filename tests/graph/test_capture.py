@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from autoplace.errors import InputError
-from autoplace.graph.capture import capture, capture_kwargs
+from autoplace.graph.caches import capture_kwargs
+from autoplace.graph.capture import capture
 from autoplace.graph.dispatch_capture import capture_by_dispatch
 from autoplace.workload import Workload
 
@@ -137,13 +138,6 @@ def test_capture_leaves_no_trace(models, monkeypatch, training, rung):
     assert not torch.nn.modules.module._global_forward_hooks
 
 
-def test_caches_are_switched_off_unless_asked_for(transformers_models):
-    model, kwargs = transformers_models["gpt2"]()
-    assert capture_kwargs(Workload(model=model, kwargs=kwargs))["use_cache"] is False
-    assert capture_kwargs(Workload(model=model, kwargs={**kwargs, "use_cache": True}))["use_cache"] is True
-    assert capture_kwargs(Workload(model=nn.Linear(2, 2), args=(torch.ones(2),))) == {}
-
-
 def test_called_modules_leave_out_containers():
     class Listed(nn.Module):
         def __init__(self):
@@ -158,6 +152,39 @@ def test_called_modules_leave_out_containers():
     workload = Workload(model=Listed(), args=(torch.ones(2, 4),))
     assert capture(workload).called == {"", "layers.0", "layers.1"}
     assert capture_by_dispatch(workload, {})[1] == {"", "layers.0", "layers.1"}
+
+
+def test_an_export_that_fails_leaves_no_marks_on_the_inputs(models):
+    x = torch.ones(2, 4)
+    assert capture(Workload(model=models["branching"](), args=(x,))).rung == "dispatch"
+    assert not [name for name in vars(x) if "dynamo" in name]
+
+
+def test_a_batch_that_cannot_stay_free_is_fixed():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            if x.shape[0] not in (3, 5) and not isinstance(x.shape[0], int):
+                raise ValueError("a number, please")
+            return x * 2
+
+    captured = capture(Workload(model=Fixed(), args=(torch.ones(4, 2),)))
+    assert (captured.rung, captured.dynamic_batch) == ("export", False)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_arguments_of_distributions_are_not_looked_at(validate):
+    class Likelihood(nn.Linear):
+        def forward(self, x, y):
+            return -torch.distributions.Normal(super().forward(x), 1.0).log_prob(y).mean()
+
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(validate)
+    try:
+        captured = capture(Workload(model=Likelihood(2, 2), args=(torch.ones(3, 2), torch.ones(3, 2))))
+        assert captured.rung == "export"
+        assert torch.distributions.Distribution._validate_args is validate
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
 
 
 def test_blocks_without_gradients_are_looked_into():
