@@ -1,41 +1,50 @@
 """`OptimizedParallel`: the one changed line. A wrapper that behaves like the model and runs it under the best plan.
 
-The wrapper shares the model's own dictionaries of parameters, buffers and modules, so that `state_dict` keys,
-`parameters()` and `modules()` are the model's own objects under their own names. The first call in a mode (inference or
-training) tunes on the inputs of that call, and every later call runs the plan that was kept. A batch that the plan
-cannot run, and a mode for which nothing beat plain PyTorch, runs plain PyTorch. Calls under a plan are watched: when
-they have become slower, the plan is measured beside plain PyTorch again, and dropped if it is no longer better.
+The wrapper and the model have one `__dict__`: parameters, buffers, children, hooks, flags, attributes are the model's
+own under their own names, read or set, before or after wrapping. Its class is made for the model's class, so that
+special methods and overridden ones are the model's too → `autoplace.disguise`. What runs a call is decided by mode and
+input shapes → `autoplace.slots`; where plans come from → `autoplace.planning`.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-import warnings
+import copy
+import pickle
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils import _pytree as pytree
 
-from autoplace.errors import AutoplaceError, ExecutionError, InputError, PlanFileError
+from autoplace.disguise import disguised
+from autoplace.errors import InputError
 from autoplace.hardware.cluster import Cluster
 from autoplace.plan import Plan
+from autoplace.planning import plan_slot, replan_slot, tune_slot
 from autoplace.problem import Objective
-from autoplace.replan import Watch, lent_buffers, may_interrupt, recheck, under_compiler
 from autoplace.result import TuneResult
-from autoplace.runtime import Executor, build_executor
 from autoplace.runtime.monitor import Monitor
-from autoplace.workload import Workload
+from autoplace.slots import State
+from autoplace.tuner import Progress
 
 __all__ = ["OptimizedParallel"]
 
-_log = logging.getLogger(__name__)
+_WEIGHTS = {"latency": 0.0, "edp": 0.5, "energy": 1.0}
+"""Names of objectives that `tune` takes, and their energy weights."""
 
 
 class OptimizedParallel(torch.nn.Module):
     """Run a model under the placement plan that short real runs on this machine's devices found best.
+
+    The first call in a mode (`train()` or `eval()`, gradients on or off) tunes on the inputs of that call; later calls
+    with inputs of those shapes run the plan that was kept. Calls with other shapes run plain PyTorch at once. Shapes
+    that come 32 times get a tuning of their own, three more a mode at most. A plan given as `plan` runs all shapes that
+    it can. A plan that would change the model's habits (hooks that fire once a part, batch statistics of a part of the
+    batch) does not run as long as that is so. Only calls of the model run a plan: its methods (`generate`) call the
+    model itself, as do tracers, `torch.compile` of the wrapper, transforms of `torch.func` and processes of a group.
+
+    Attributes and methods are the model's, but for those documented here, which hide the model's of the same name.
 
     Args:
         model: Any module. It is shared, never copied.
@@ -51,11 +60,27 @@ class OptimizedParallel(torch.nn.Module):
             again, for a few seconds before a call, and goes back to plain PyTorch if the plan is no longer better;
             `"tune"` then tunes again as well; False does nothing. Only calls of the thread, and with the input shapes,
             that the plan was installed with are watched.
+        precision: `"float32"` computes as the model does; `"auto"` allows bfloat16 autocast.
+        compile: Whether plans may use `torch.compile`; `"auto"` = where its compile time pays back within `run_s`.
+        run_s: Seconds that the model is going to run, all calls together.
+        background: Whether tuning runs beside the program, on a copy of the model, while plain PyTorch serves.
+        cache: Whether plans of earlier programs are used, after a short check, and the ones found are kept.
+        progress: Told about a tuning's phases; None shows them on a terminal, False shows nothing.
 
     Raises:
-        InputError: If `model` is no module, a weight is out of range or `replan` is none of its values.
+        InputError: If `model` is no module, a weight is out of range or an option is none of its values.
         PlanFileError: If the plan file is missing or malformed.
     """
+
+    __slots__ = ("_state",)
+
+    def __new__(cls, model: Any = None, *_: Any, **__: Any) -> OptimizedParallel:
+        """Make an instance of the class for the model's class."""
+        if isinstance(model, OptimizedParallel):
+            model = model._state.model
+        made = disguised(cls, type(model)) if isinstance(model, torch.nn.Module) else cls
+        wrapper: OptimizedParallel = object.__new__(made)
+        return wrapper
 
     def __init__(
         self,
@@ -70,12 +95,27 @@ class OptimizedParallel(torch.nn.Module):
         budget_s: float = 60.0,
         track: bool = True,
         replan: bool | Literal["tune"] = True,
+        precision: Literal["float32", "auto"] = "float32",
+        compile: bool | Literal["auto"] = "auto",
+        run_s: float = 600.0,
+        background: bool = False,
+        cache: bool = True,
+        progress: Progress | Literal[False] | None = None,
     ) -> None:
+        # No `super().__init__()`: it would make a state beside the model's.
+        if isinstance(model, OptimizedParallel):
+            model = model._state.model
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"OptimizedParallel wraps a torch.nn.Module and got a {type(model).__name__}")
-        if replan not in (True, False, "tune"):
-            raise InputError(f"replan is {replan!r}; use True, False or 'tune'")
-        super().__init__()
+        for name, value, allowed in (
+            ("replan", replan, (True, False, "tune")),
+            ("precision", precision, ("float32", "auto")),
+            ("compile", compile, (True, False, "auto")),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} is {value!r}; use {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
+        if budget_s <= 0:
+            raise InputError(f"budget_s is {budget_s}; use more than 0")
         weight = energy_weight if energy_weight is not None else (0.5 if energy_aware else 0.0)
         options = {
             "objective": Objective(energy_weight=weight),
@@ -86,213 +126,169 @@ class OptimizedParallel(torch.nn.Module):
             "budget_s": budget_s,
             "track": track,
             "replan": replan,
+            "precision": precision,
+            "compile": compile,
+            "run_s": run_s,
+            "background": background,
+            "cache": cache,
+            "progress": progress,
         }
-        # Shared dictionaries: this module's parameters, buffers and children are the model's, under the same keys.
-        state = self.__dict__
-        state.update(_wrapped=model, _options=options, _executors={}, _watches={}, _results={})
-        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            state[shared] = model.__dict__[shared]
-        state["training"] = model.training
+        state = State(model, options, plan_slot, replan_slot)
+        object.__setattr__(self, "__dict__", model.__dict__)
+        object.__setattr__(self, "_state", state)
+        weakref.finalize(self, State.drop, state)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; the first call in a mode finds a plan for it."""
+        state = self._state
+        model = state.model
+        if torch.compiler.is_compiling():
+            return model(*args, **kwargs)
+        if state.moves:
+            return state.call_moving(args, kwargs)
+        if state.modes[2 * model.training + torch.is_grad_enabled()].settled:
+            return model(*args, **kwargs)
+        return state.call(args, kwargs)
+
+    def forward(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the model without its own hooks, as `forward` of any module does."""
+        model = self._state.model
+        if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
+            return model.forward(*args, **kwargs)
+        return self(*args, **kwargs)
+
+    # -- feeling like the model ------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """Return a parameter, buffer or child, else the wrapped model's attribute."""
+        """Return the model's attribute."""
+        if name == "_state":  # half-made
+            raise AttributeError(f"this {type(self).__name__} has not been initialised")
+        return getattr(self._state.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set the model's attribute."""
+        setattr(self._state.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete the model's attribute."""
+        delattr(self._state.model, name)
+
+    def __dir__(self) -> list[str]:
+        """Return the model's names and the wrapper's own."""
+        return sorted({*object.__dir__(self), *dir(self._state.model)})
+
+    def __repr__(self) -> str:
+        """Show what runs, and the model."""
+        plan = self.plan
+        runs = "not planned yet" if plan is None else plan.shape
+        return f"OptimizedParallel(plan={runs}, model={self._state.model!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedParallel:
+        """Return a wrapper around a copy of the model; it plans for itself."""
+        twin = _rebuild(copy.deepcopy(self._state.model, memo), self._state.options)
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self) -> Any:
+        """Pickle the model and the options; what runs plans stays behind, and what cannot be pickled is left out."""
+        options = {**self._state.options, "progress": None}
         try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_wrapped" not in self.__dict__:  # half-made, as while unpickling
-                raise
-            return getattr(self.__dict__["_wrapped"], name)
+            pickle.dumps(options["loss"])
+        except Exception:  # a lambda, say; the model itself would pickle
+            options["loss"] = None
+        return _rebuild, (self._state.model, options)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the executors' threads behind; a copy tunes again on its first call."""
-        return {**self.__dict__, "_executors": {}, "_watches": {}}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; the first call in a mode tunes on its inputs."""
-        executor = self._executors.get(self.training)
-        if executor is None:
-            if not may_interrupt(self._wrapped):
-                return self._run_untuned(args, kwargs)
-            executor = self._prepare(args, kwargs)
-        watch = self._watches.get(self.training)
-        try:
-            if watch is None or under_compiler() or not watch.covers(args, kwargs):
-                return executor(*args, **kwargs)
-            if watch.monitor.due and may_interrupt(self._wrapped):
-                executor = self._replan(watch, executor, args, kwargs)
-            start = time.perf_counter()
-            output = executor(*args, **kwargs)
-            watch.monitor.observe((time.perf_counter() - start) * 1e3)
-            return output
-        except ExecutionError as error:
-            warnings.warn(f"autoplace runs this batch by plain PyTorch: {error}", stacklevel=2)
-            return self._wrapped(*args, **kwargs)
-
-    def tune(self, *args: Any, **kwargs: Any) -> TuneResult:
-        """Tune for the present mode on these inputs, replace the plan, and return what was found."""
-        from autoplace.tracked import tracked_tune
-        from autoplace.tuner import TuneConfig, tune
-
-        options = self._options
-        config = TuneConfig(objective=options["objective"], budget_s=options["budget_s"], policy=options["policy"])
-        tuned = tracked_tune if options["track"] else tune
-        with lent_buffers(self._wrapped):
-            result = tuned(self._workload(args, kwargs), config, cluster=options["cluster"])
-        self._results[self.training] = result
-        self._install(result.chosen.plan, result.cluster, Watch(args, kwargs, result.noise))
-        return result
+    # -- plans -----------------------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the present mode; None before the first call."""
-        executor = self._executors.get(self.training)
-        return executor.plan if executor is not None else None
+        """The plan that runs in the present mode; None before its first call."""
+        first = self._state.shown().first
+        return None if first is None else first.running
 
     @property
     def monitor(self) -> Monitor | None:
         """What watches the calls of the present mode for drift; None where plain PyTorch runs or nothing is watched."""
-        watch = self._watches.get(self.training)
-        return watch.monitor if watch is not None else None
+        first = self._state.shown().first
+        return None if first is None or first.watch is None else first.watch.monitor
+
+    def tune(
+        self,
+        inputs: Any,
+        *,
+        budget_s: float | None = None,
+        objective: Objective | Literal["latency", "energy", "edp"] | None = None,
+    ) -> TuneResult:
+        """Tune for the present mode on these inputs, replace the plan for their shapes, and return what was found.
+
+        Args:
+            inputs: A tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+            budget_s: Wall seconds for the real runs; None = the wrapper's.
+            objective: What to tune for: an Objective, or `latency`, `energy`, or `edp` (energy-delay product); None =
+                the wrapper's.
+
+        Raises:
+            InputError: If the model cannot run on the inputs, or another thread is tuning.
+        """
+        if isinstance(objective, str):
+            if objective not in _WEIGHTS:
+                raise InputError(f"objective {objective!r} is unknown; use {', '.join(_WEIGHTS)} or an Objective")
+            objective = Objective(energy_weight=_WEIGHTS[objective])
+        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+        kwargs = inputs if isinstance(inputs, Mapping) else {}
+        state = self._state
+        mode = state.mode()
+        with state.planning(exclusive=mode.training) as mine:
+            if not mine:
+                raise InputError("another thread is tuning this model; wait for it")
+            return tune_slot(state, mode, args, kwargs, budget_s=budget_s, objective=objective)
+
+    def explain(self) -> str:
+        """Return what runs where, and why, as a table for people."""
+        from autoplace.report.explain import explain_plan
+
+        state = self._state
+        mode = state.shown()
+        slot = mode.first
+        if slot is None:
+            return "Nothing is planned yet: call the model once, or its tune()."
+        text = explain_plan(
+            state.model,
+            slot.running,
+            cluster=slot.cluster,
+            result=mode.result,
+            facts=slot.facts,
+            mode="training" if mode.training and mode.gradients else "inference",
+        )
+        return f"Plain PyTorch runs for now: {slot.paused}.\n\n{text}" if slot.paused else text
 
     def visualize_performance(self, output_dir: str | Path = "./visualizations") -> Path:
         """Write the report of the last tuning (HTML, plots, trace) and return the path of the HTML file.
+
+        Where the plan came from the cache of an earlier program, it tunes first.
 
         Raises:
             InputError: If nothing has been tuned yet.
         """
         from autoplace.report import write_report
 
-        if not self._results:
+        state = self._state
+        if not state.results and state.last_call is not None:
+            mode, args, kwargs = state.last_call
+            with state.planning(exclusive=mode.training) as mine:
+                if mine:
+                    tune_slot(state, mode, args, kwargs)
+        if not state.results:
             raise InputError("nothing to show yet: call the model once, so that it is tuned on real inputs")
-        last = list(self._results.values())[-1]
-        path: Path = write_report(last, Path(output_dir))
+        path: Path = write_report(state.results[-1], Path(output_dir))
         return path
 
-    def _run_untuned(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run plain PyTorch where passes of our own would be seen; say so once."""
-        if not under_compiler() and not self._options.get("told"):
-            self._options["told"] = True
-            warnings.warn(
-                "autoplace runs plain PyTorch for now: passes of its own would set off collectives, traces or gradient "
-                "hooks of this program; call the model once before they are installed",
-                stacklevel=3,
-            )
-        return self._wrapped(*args, **kwargs)
-
-    def _prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:
-        given = self._options["plan"]
-        if given is None:
-            self.tune(*args, **kwargs)
-        else:
-            self._install_checked(given, self._workload(args, kwargs), Watch(args, kwargs))
-        executor: Executor = self._executors[self.training]
-        return executor
-
-    def _install_checked(self, plan: Plan, workload: Workload, watch: Watch) -> None:
-        """Install a plan that came from outside, if it fits this machine and computes the same."""
-        from autoplace.measure import check_plan
-
-        cluster = self._options["cluster"] or Cluster.discover(measure_links=False)
-        if plan.cluster_fingerprint and plan.cluster_fingerprint != cluster.fingerprint:
-            raise PlanFileError("the plan was made for other devices than these; tune again on this machine")
-        executor = build_executor(self._wrapped, plan, cluster)
-        report = check_plan(workload, executor)
-        executor.close()
-        if not report.ok:
-            warnings.warn(
-                f"autoplace runs plain PyTorch, as the plan does not compute the same: {report.reason}", stacklevel=4
-            )
-        self._install(plan if report.ok else Plan.plain(), cluster, watch)
-
-    def _install(self, plan: Plan, cluster: Cluster, watch: Watch) -> None:
-        old = self._executors.pop(self.training, None)
-        self._watches.pop(self.training, None)
-        if old is not None:
-            old.close()
-        self._executors[self.training] = build_executor(self._wrapped, plan, cluster)
-        if self._options["replan"] and not plan.is_plain:
-            self._watches[self.training] = watch
-
-    def _replan(self, watch: Watch, executor: Executor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:
-        """Measure a plan whose calls have drifted once more, and return what is to run from now on."""
-        monitor, again = watch.monitor, self._options["replan"] == "tune"
-        expected_ms, now_ms = monitor.expected_ms or 0.0, monitor.latency_ms or 0.0
-        found = recheck(
-            self._workload(args, kwargs),
-            executor.plan,
-            executor.cluster,
-            objective=self._options["objective"],
-            forward_ms=now_ms,
-        )
-        monitor.reset()
-        story = f"calls under the plan took {now_ms:.3g} ms after {expected_ms:.3g} ms at first"
-        if found.keep:
-            _log.info("autoplace keeps its plan: %s, and beside plain PyTorch it is %s", story, found.verdict)
-            return executor
-        self._install(Plan.plain(), executor.cluster, watch)
-        advice = "it tunes again now" if again else "call tune() on the wrapper to plan again"
-        warnings.warn(
-            f"autoplace went back to plain PyTorch: {story}, and measured beside plain PyTorch the plan is "
-            f"refused: {found.verdict}; {advice}",
-            stacklevel=5,
-        )
-        if again:
-            self._tune_again(monitor, args, kwargs)
-        replanned: Executor = self._executors[self.training]
-        return replanned
-
-    def _tune_again(self, monitor: Monitor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Tune in the middle of the user's work; the old monitor stays, since it knows how long to wait."""
-        try:
-            with lent_buffers(self._wrapped):
-                noise = self.tune(*args, **kwargs).noise
-        except AutoplaceError as error:
-            warnings.warn(f"autoplace stays with plain PyTorch, as it could not tune again: {error}", stacklevel=6)
-            return
-        if self.training in self._watches:
-            monitor.noise = noise
-            self._watches[self.training].monitor = monitor
-
-    def _workload(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Workload:
-        """Tuning runs on copies of the inputs, so that theirs is left alone."""
-
-        def copy(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-
-        copied_args, copied_kwargs = pytree.tree_map(copy, (args, dict(kwargs)))
-        return Workload(
-            model=self._wrapped,
-            args=copied_args,
-            kwargs=copied_kwargs,
-            training=self.training and torch.is_grad_enabled(),
-            loss=self._options["loss"],
-            name=type(self._wrapped).__name__,
-        )
-
-    def train(self, mode: bool = True) -> OptimizedParallel:
-        """Set the model to training or inference."""
-        self.__dict__["_wrapped"].train(mode)
-        self.training = mode
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the wrapped model's own state."""
-        return self._wrapped.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load a state of the wrapped model."""
-        return self._wrapped.load_state_dict(*args, **kwargs)
-
     def close(self) -> None:
-        """End the executors' threads; the next call tunes again."""
-        for executor in self._executors.values():
-            executor.close()
-        self._executors.clear()
-        self._watches.clear()
+        """End the threads of the plans; the next call plans again."""
+        self._state.drop()
 
-    def extra_repr(self) -> str:
-        """Describe the plan."""
-        plan = self.plan
-        return f"plan={plan.shape if plan is not None else 'not tuned yet'}"
+
+def _rebuild(model: torch.nn.Module, options: Mapping[str, Any]) -> OptimizedParallel:
+    given = dict(options)
+    weight = given.pop("objective").energy_weight
+    return OptimizedParallel(model, energy_weight=weight, **given)

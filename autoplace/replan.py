@@ -22,10 +22,25 @@ from autoplace.hardware.cluster import Cluster
 from autoplace.plan import Plan
 from autoplace.problem import Objective
 from autoplace.result import Candidate
+from autoplace.runtime.fitness import HOOKS, has_global_hooks
 from autoplace.runtime.monitor import Monitor
 from autoplace.workload import Workload
 
-__all__ = ["Recheck", "Watch", "lent_buffers", "may_interrupt", "recheck", "under_compiler"]
+__all__ = [
+    "Recheck",
+    "Signature",
+    "Watch",
+    "in_the_open",
+    "lent_buffers",
+    "may_interrupt",
+    "recheck",
+    "signature_of",
+    "silenced_hooks",
+    "under_compiler",
+]
+
+Signature = tuple[Any, ...]
+"""What of a call its latency is taken to depend on; hashable. → `signature_of`"""
 
 _WARMUP = 2
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 15
@@ -37,28 +52,34 @@ _TRAINING_FACTOR = 3.0
 
 
 class Watch:
-    """A monitor, and which calls it may compare: the same thread, input shapes and gradient mode as this first one.
+    """A monitor, and which calls it may compare: of the same thread and signature as the first one.
 
     Args:
-        args, kwargs: Inputs that the plan was installed on.
+        signature: Of the call that the plan was installed on.
         noise: A/A noise of the run that chose the plan, as a fraction.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], noise: float = 0.0) -> None:
+    def __init__(self, signature: Signature, noise: float = 0.0) -> None:
         self.monitor = Monitor(noise=noise)
         self._thread = threading.get_ident()
-        self._signature = _signature(args, kwargs)
+        self._signature = signature
 
-    def covers(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def covers(self, signature: Signature) -> bool:
         """Return whether a call of the present thread can be compared; counts those that cannot."""
-        if threading.get_ident() == self._thread and _signature(args, kwargs) == self._signature:
+        if threading.get_ident() == self._thread and signature == self._signature:
             return True
         self.monitor.observe_other()
         return False
 
 
-def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (torch.is_grad_enabled(), *map(_shape, args), *((name, _shape(value)) for name, value in kwargs.items()))
+def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
+    """Return shapes, flags, texts and nesting of a call's inputs, the gradient mode, and whether autocast is on."""
+    return (
+        torch.is_grad_enabled(),
+        torch._C._is_any_autocast_enabled(),
+        *[_shape(value) for value in args],
+        *[(name, _shape(value)) for name, value in kwargs.items()],
+    )
 
 
 def _shape(value: Any) -> Any:
@@ -89,15 +110,29 @@ def under_compiler() -> bool:
     return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
+def in_the_open() -> bool:
+    """Return whether other threads see what the present one sees: nobody traces, transforms or intercepts operations.
+
+    Modes of that kind (fake tensors, `torch.set_default_device`, `torch.func`) belong to the thread that enters them.
+    A process group counts as one: its collectives have to keep their order.
+    """
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch.distributed.is_available() and torch.distributed.is_initialized())
+    )
+
+
 def may_interrupt(model: torch.nn.Module) -> bool:
     """Return whether passes of our own may run before the present call.
 
     Not inside a backward, nor while somebody traces, captures or intercepts operations; not where one process of a
-    group would start collectives by itself; and not where gradients trigger the user's optimizer.
+    group would start collectives by itself; not where gradients trigger the user's optimizer; and not where hooks wait
+    for the calls of all modules.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False
-    if under_compiler() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+    if not in_the_open() or under_compiler() or torch.fx._symbolic_trace._is_fx_tracing_flag or has_global_hooks():
         return False
     if torch._C._current_graph_task_id() != -1:
         return False
@@ -124,6 +159,34 @@ def lent_buffers(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for buffers, name, buffer in own:
             buffers[name] = buffer
+
+
+@contextmanager
+def silenced_hooks(model: torch.nn.Module) -> Iterator[bool]:
+    """Take the user's hooks off the modules and parameters, and put them back after; yields whether there were any.
+
+    Hooks that PyTorch itself defines stay, since they are part of the model (`torch.nn.utils.weight_norm`).
+    """
+    taken: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+    holders = [getattr(module, name) for module in model.modules() for name in HOOKS]
+    holders += [parameter._backward_hooks for parameter in model.parameters()]
+    for hooks in holders:
+        if hooks and any(not _is_pytorchs(hook) for hook in hooks.values()):
+            taken.append((hooks, dict(hooks)))
+            for key in [key for key, hook in hooks.items() if not _is_pytorchs(hook)]:
+                del hooks[key]
+    try:
+        yield bool(taken)
+    finally:
+        for hooks, before in taken:
+            hooks.clear()
+            hooks.update(before)
+
+
+def _is_pytorchs(hook: Any) -> bool:
+    owner = getattr(hook, "func", hook)  # a functools.partial
+    defined = owner if hasattr(owner, "__qualname__") else type(owner)
+    return str(getattr(defined, "__module__", "")).startswith("torch.")
 
 
 def recheck(
@@ -162,7 +225,7 @@ def recheck(
         meter=meter,
         check=False,
     )
-    with lent_buffers(workload.model):
+    with lent_buffers(workload.model), silenced_hooks(workload.model):
         plain, again, outcome = evaluator.evaluate_interleaved([Plan.plain(), Plan.plain(), plan], rounds)
     if not plain.feasible:
         return Recheck(keep=True, verdict=f"plain PyTorch cannot run this batch: {plain.reason}")

@@ -18,7 +18,7 @@ from autoplace import OptimizedParallel, Plan
 from autoplace.errors import InputError
 from autoplace.hardware.cluster import Cluster, Device
 from autoplace.plan import Replica
-from autoplace.replan import Recheck, Watch, lent_buffers, may_interrupt
+from autoplace.replan import Recheck, Watch, lent_buffers, may_interrupt, signature_of
 
 A = "host0/cpu:0"
 WINDOW = 32
@@ -107,8 +107,9 @@ def test_the_users_training_state_is_untouched_by_a_recheck(wrap):
     weight.grad = kept
     twice = weight * count  # a graph of the user's that holds the buffer
     before, version, random = count.item(), count._version, torch.get_rng_state()
+    state, mode = wrapper._state, wrapper._state.mode()
     with pytest.warns(UserWarning, match="went back to plain PyTorch"):
-        wrapper._replan(wrapper._watches[True], wrapper._executors[True], (inputs,), {})
+        state._replan_slot(state, mode, mode.first, signature_of((inputs,), {}), (inputs,), {})
     assert weight.grad is kept and torch.equal(kept, torch.ones_like(weight)) and model.inner.bias.grad is None
     assert model.count is count and (count.item(), count._version) == (before, version)
     assert torch.equal(torch.get_rng_state(), random)
@@ -118,8 +119,7 @@ def test_the_users_training_state_is_untouched_by_a_recheck(wrap):
 
 def test_outputs_of_the_dropped_plan_keep_their_backward(wrap):
     wrapper, model, inputs = _slowed(wrap, plain_ms=1.0, planned_ms=4.0, training=True)
-    model.eval()  # the flags of the modules alone: the buffer stays as the pending graph saw it
-    pending = wrapper._executors[True](inputs)
+    pending = wrapper._state.mode().first.executor(inputs)
     with pytest.warns(UserWarning, match="went back to plain PyTorch"):
         wrapper(inputs)
     (expected,) = torch.autograd.grad(model(inputs).sum(), model.inner.weight)
@@ -130,12 +130,12 @@ def test_outputs_of_the_dropped_plan_keep_their_backward(wrap):
 def test_tuning_again_installs_the_new_plan_and_keeps_the_wait(wrap, monkeypatch):
     wrapper, _, inputs = _slowed(wrap, plain_ms=9.0, planned_ms=1.5, replan="tune", budget_s=1.0)
     monitor = wrapper.monitor
-    monkeypatch.setattr("autoplace.parallel.recheck", lambda *_, **__: Recheck(keep=False, verdict="as the test says"))
+    monkeypatch.setattr("autoplace.planning.recheck", lambda *_, **__: Recheck(keep=False, verdict="as the test says"))
     with torch.no_grad(), pytest.warns(UserWarning, match="as the test says; it tunes again now"):
         wrapper(inputs)
     assert wrapper.plan.strategy != "test" and not wrapper.plan.is_plain
     assert wrapper.monitor is monitor and not monitor.due and monitor.expected_ms is None
-    assert wrapper._results[False].chosen.speedup > 2.0
+    assert wrapper._state.results[-1].chosen.speedup > 2.0
 
 
 def test_nothing_is_watched_under_plain_pytorch_or_when_switched_off(wrap, cluster):
@@ -159,15 +159,15 @@ def test_only_like_calls_are_compared(wrap):
     thread = threading.Thread(target=wrapper, args=(inputs,))
     thread.start()
     thread.join()
-    assert (wrapper.monitor.calls, wrapper.monitor.other_calls) == (1, 3)
+    assert (wrapper.monitor.calls, wrapper.monitor.other_calls) == (1, 2), "no_grad is a mode with a plan of its own"
 
 
 def test_a_signature_sees_shapes_flags_and_nesting():
     x = torch.zeros(2, 3)
-    watch = Watch((x, [x, {"deep": x}]), {"cache": True, "scale": 1.0})
-    assert watch.covers((x + 1, [x, {"deep": x}]), {"cache": True, "scale": 2.0})
-    assert not watch.covers((x, [x, {"deep": x[:1]}]), {"cache": True, "scale": 1.0})
-    assert not watch.covers((x, [x, {"deep": x}]), {"cache": False, "scale": 1.0})
+    watch = Watch(signature_of((x, [x, {"deep": x}]), {"cache": True, "scale": 1.0}))
+    assert watch.covers(signature_of((x + 1, [x, {"deep": x}]), {"cache": True, "scale": 2.0}))
+    assert not watch.covers(signature_of((x, [x, {"deep": x[:1]}]), {"cache": True, "scale": 1.0}))
+    assert not watch.covers(signature_of((x, [x, {"deep": x}]), {"cache": False, "scale": 1.0}))
     assert watch.monitor.other_calls == 2
 
 
