@@ -204,6 +204,7 @@ def tune_now(
 ) -> TuneResult:
     """Tune a workload by the wrapper's options, and keep the plan for the next program."""
     from autoplace.background import cancellable
+    from autoplace.plan_cache import facts_of, store_plan
     from autoplace.progress import terminal_progress
     from autoplace.tracked import tracked_tune
     from autoplace.tuner import TuneConfig, tune
@@ -218,8 +219,11 @@ def tune_now(
     progress = options["progress"]
     progress = terminal_progress() if progress is None else progress or None
     tuned = tracked_tune if options["track"] else tune
+    # Before the runs: those may move what counts as structure, such as a model's own counter of calls.
+    key = _key(state, workload, _cluster(state), objective) if options["cache"] else ""
     result = tuned(workload, config, cluster=options["cluster"], progress=cancellable(progress))
-    _keep(state, workload, result, objective)
+    if key:
+        store_plan(key, result.chosen.plan, facts_of(result))
     return result
 
 
@@ -235,15 +239,9 @@ def _key(state: State, workload: Workload, cluster: Cluster, objective: Objectiv
             "gradients": getattr(workload, "gradients", workload.training),
             "precision": options["precision"],
             "compile": options["compile"],
+            "run_s": options["run_s"],
         },
     )
-
-
-def _keep(state: State, workload: Workload, result: TuneResult, objective: Objective | None) -> None:
-    from autoplace.plan_cache import facts_of, store_plan
-
-    if state.options["cache"]:
-        store_plan(_key(state, workload, result.cluster, objective), result.chosen.plan, facts_of(result))
 
 
 def _cached(state: State, mode: Mode, signature: Signature, workload: Workload) -> Slot | None:
