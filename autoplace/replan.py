@@ -22,7 +22,7 @@ from autoplace.hardware.cluster import Cluster
 from autoplace.plan import Plan
 from autoplace.problem import Objective
 from autoplace.result import Candidate
-from autoplace.runtime.fitness import HOOKS, has_global_hooks
+from autoplace.runtime.fitness import HOOKS, defined_in, has_global_hooks, records_outputs
 from autoplace.runtime.monitor import Monitor
 from autoplace.workload import Workload
 
@@ -165,15 +165,15 @@ def lent_buffers(model: torch.nn.Module) -> Iterator[None]:
 def silenced_hooks(model: torch.nn.Module) -> Iterator[bool]:
     """Take the user's hooks off the modules and parameters, and put them back after; yields whether there were any.
 
-    Hooks that PyTorch itself defines stay, since they are part of the model (`torch.nn.utils.weight_norm`).
+    Hooks that are part of the model stay: PyTorch's own (`torch.nn.utils.weight_norm`) and `transformers`' recorders.
     """
     taken: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
     holders = [getattr(module, name) for module in model.modules() for name in HOOKS]
     holders += [parameter._backward_hooks for parameter in model.parameters()]
     for hooks in holders:
-        if hooks and any(not _is_pytorchs(hook) for hook in hooks.values()):
+        if hooks and any(not _is_models(hook) for hook in hooks.values()):
             taken.append((hooks, dict(hooks)))
-            for key in [key for key, hook in hooks.items() if not _is_pytorchs(hook)]:
+            for key in [key for key, hook in hooks.items() if not _is_models(hook)]:
                 del hooks[key]
     try:
         yield bool(taken)
@@ -183,10 +183,8 @@ def silenced_hooks(model: torch.nn.Module) -> Iterator[bool]:
             hooks.update(before)
 
 
-def _is_pytorchs(hook: Any) -> bool:
-    owner = getattr(hook, "func", hook)  # a functools.partial
-    defined = owner if hasattr(owner, "__qualname__") else type(owner)
-    return str(getattr(defined, "__module__", "")).startswith("torch.")
+def _is_models(hook: Any) -> bool:
+    return defined_in(hook).startswith("torch.") or records_outputs(hook)
 
 
 def recheck(

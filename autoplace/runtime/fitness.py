@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autoplace.plan import Plan
 
-__all__ = ["HOOKS", "Habits", "has_global_hooks", "unfit"]
+__all__ = ["HOOKS", "Habits", "defined_in", "has_global_hooks", "records_outputs", "unfit"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of a module that hold its hooks, by handle."""
@@ -65,6 +65,20 @@ def has_global_hooks() -> bool:
     )
 
 
+def defined_in(hook: Any) -> str:
+    """Return the name of the Python module that a hook's code is from."""
+    owner = getattr(hook, "func", hook)  # a functools.partial
+    return str(getattr(owner if hasattr(owner, "__qualname__") else type(owner), "__module__", ""))
+
+
+def records_outputs(hook: Any) -> bool:
+    """Return whether a hook is how `transformers` collects hidden states and attentions: part of the model's forward.
+
+    It keeps apart by context what passes at the same time collect.
+    """
+    return defined_in(hook) == "transformers.utils.output_capturing"
+
+
 def _parallel_reason(modules: Iterable[torch.nn.Module]) -> str:
     for module in modules:
         for base in type(module).__mro__:
@@ -83,7 +97,8 @@ def _compiled_reason(modules: Iterable[torch.nn.Module], plan: Plan) -> str:
 def _hooks_reason(modules: Iterable[torch.nn.Module], plan: Plan, parts: int) -> str:
     if parts == 1 and plan.engine == "threads" and not plan.compiled:
         return ""
-    if not has_global_hooks() and not any(getattr(m, name) for m in modules for name in HOOKS):
+    holders = (getattr(module, name) for module in modules for name in HOOKS)
+    if not has_global_hooks() and all(records_outputs(hook) for hooks in holders for hook in hooks.values()):
         return ""
     if parts > 1:
         return f"the model has hooks, which would fire {parts} times a call, once for every part of the batch"

@@ -20,7 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -181,7 +183,7 @@ class TaskThread:
         torch.set_num_threads(before)
 
     def submit(self, fn: Callable[[], T], ledger: Ledger | None = None, label: str = "") -> Future[T]:
-        """Queue a task, to run in the caller's grad, inference and autocast modes.
+        """Queue a task, to run in the caller's grad, inference and autocast modes and with its context variables.
 
         Args:
             fn: The task.
@@ -194,7 +196,7 @@ class TaskThread:
         Raises:
             ExecutionError: If the worker is closed.
         """
-        task = _Task(Future(), fn, _Modes(), ledger, label, mark_events())
+        task = _Task(Future(), partial(copy_context().run, fn), _Modes(), ledger, label, mark_events())
         with self._lock:
             if self._closed:
                 raise ExecutionError(f"the worker {self.name!r} is closed; build the executor again")
