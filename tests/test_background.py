@@ -18,6 +18,7 @@ from autoplace.background import BackgroundTuning, cancellable, copy_workload
 from autoplace.errors import InputError, TuningCancelled
 from autoplace.hands_off import is_hands_off
 from autoplace.hardware.cluster import Cluster, Device, Link
+from autoplace.plan_cache import cache_key
 from autoplace.runtime import build_executor
 from autoplace.tuner import TuneConfig, tune
 from autoplace.workload import Workload
@@ -76,6 +77,15 @@ def test_the_copy_is_the_same_model_and_shares_nothing(workload):
     theirs = {t.data_ptr() for t in (*copied.model.parameters(), *copied.model.buffers(), *copied.args)}
     assert not mine & theirs
     assert torch.equal(model.norm.weight.grad, torch.ones(16))
+
+
+def test_a_plan_is_kept_for_the_copy_under_the_key_of_the_original(workload, cluster):
+    def key(of):
+        return cache_key(of, cluster, options={"objective": "latency"})
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert BackgroundTuning(workload, key).result() == key(workload)
+    assert BackgroundTuning(workload, key).result() == key(workload)
 
 
 def test_a_loss_that_is_a_method_of_the_model_is_one_of_the_copy(workload):
