@@ -81,6 +81,8 @@ class Segment:
     """What was computed, for timelines."""
     turn: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered around the backward, where parts take turns on devices."""
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Of a call's first segment: entered around all segments' backward and the summing up of what they give."""
 
     def backward(self, grads: Grads, keep: bool) -> Grads:
         """Return the gradients of `leaves` and `parameters`, in the segment's thread."""
@@ -200,15 +202,14 @@ class _Node(torch.autograd.Function):
                 "this output's graph was freed by an earlier backward; pass retain_graph=True to the first one"
             )
         keep = _keeps_graph()
-        with _quiet(plan.parameters):
+        with plan.segments[0].guard(), _quiet(plan.parameters):
             futures = [
                 _send(segment, partial(segment.backward, plan.part_grads(grads, i), keep))
                 for i, segment in enumerate(plan.segments)
             ]
-            parts = wait_all(futures)
+            merged = plan.merge(wait_all(futures))
         if not keep:
             plan.segments = None
-        merged = plan.merge(parts)
         record_streams(merged)
         return None, None, *merged
 
