@@ -3,6 +3,7 @@
 from ._base import Executor
 from .build import build_executor
 from .identity import Identity
+from .inline import InlineDevice
 from .replicas import Replicas
 from .single import SingleDevice
 from .stages import Stages
@@ -12,6 +13,7 @@ __all__ = [
     "DeviceWorker",
     "Executor",
     "Identity",
+    "InlineDevice",
     "Ledger",
     "Replicas",
     "SingleDevice",

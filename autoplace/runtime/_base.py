@@ -47,6 +47,10 @@ class Executor(ABC):
         """Return what ran when since the last call of this method; empty where that is not known."""
         return ()
 
+    def compile_s(self) -> float:
+        """Return the wall seconds that calls of this executor have spent in `torch.compile`; 0 without it."""
+        return 0.0
+
     def close(self) -> None:  # noqa: B027 - an executor without threads has nothing to end
         """End the executor's threads and undo its hooks; calling it twice does nothing more."""
 

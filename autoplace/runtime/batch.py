@@ -36,19 +36,14 @@ def largest_remainder(total: int, shares: Sequence[float]) -> list[int]:
 def part_sizes(plan: Plan, batch: int) -> list[tuple[int, int]]:
     """Return (replica index, samples) of every part, in the batch's order.
 
-    Raises:
-        ExecutionError: If a part would get no sample.
+    Parts that would get no sample are left out, so that a batch of one runs on one of two replicas, and a small last
+    batch on fewer microbatches. An empty batch is one part, of the first replica.
     """
     parts: list[tuple[int, int]] = []
     for replica, samples in enumerate(largest_remainder(batch, [r.share for r in plan.replicas])):
         micro = largest_remainder(samples, [1.0 / plan.microbatches] * plan.microbatches)
-        parts += [(replica, size) for size in micro]
-    if min(size for _, size in parts) < 1:
-        raise ExecutionError(
-            f"a batch of {batch} does not split into the plan's {len(parts)} parts with a sample each; "
-            "use a larger batch, or fewer replicas and microbatches"
-        )
-    return parts
+        parts += [(replica, size) for size in micro if size > 0]
+    return parts or [(0, 0)]
 
 
 def batch_size(leaves: Sequence[Any]) -> int:

@@ -1,23 +1,29 @@
-"""Choose the executor for a plan."""
+"""Choose the executor for a plan: by its shape, its engine, and whether it needs threads of its own."""
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 
+from autoplace.errors import ExecutionError
 from autoplace.hardware.cluster import Cluster
 from autoplace.plan import Plan
 
 from ._base import Executor
 from .identity import Identity
+from .inline import InlineDevice, runs_inline
 from .replicas import Replicas
 from .single import SingleDevice
 from .stages import Stages
 
 __all__ = ["build_executor"]
 
-_EXECUTORS: dict[str, type[Executor]] = {
+_THREADS: dict[str, type[Executor]] = {
     shape: executor for executor in (Identity, Replicas, SingleDevice, Stages) for shape in executor.shapes
 }
+_ENGINES = {"processes": ("processes", "ProcessReplicas"), "graph": ("stage_graph", "StageGraph")}
+"""Engine to module and class; imported when first used, as most programs never do."""
 
 
 def build_executor(model: torch.nn.Module, plan: Plan, cluster: Cluster) -> Executor:
@@ -31,4 +37,22 @@ def build_executor(model: torch.nn.Module, plan: Plan, cluster: Cluster) -> Exec
     Raises:
         ExecutionError: If the plan names a module or device that does not exist, or asks for what cannot run here.
     """
-    return _EXECUTORS[plan.shape](model, plan, cluster)
+    if plan.engine in _ENGINES:
+        return _other_engine(plan)(model, plan, cluster)
+    if runs_inline(model, plan, cluster):
+        return InlineDevice(model, plan, cluster)
+    return _THREADS[plan.shape](model, plan, cluster)
+
+
+def _other_engine(plan: Plan) -> type[Executor]:
+    module, name = _ENGINES[plan.engine]
+    try:
+        executor: type[Executor] = getattr(import_module(f"{__package__}.{module}"), name)
+    except ModuleNotFoundError:
+        raise ExecutionError(f"the engine {plan.engine!r} is not installed; use the engine 'threads'") from None
+    if plan.shape not in executor.shapes:
+        raise ExecutionError(
+            f"the engine {plan.engine!r} runs plans of shape {', '.join(executor.shapes)}, not {plan.shape!r}; "
+            "use the engine 'threads'"
+        )
+    return executor

@@ -1,20 +1,22 @@
 """The null executor: the model as PyTorch runs it, in the caller's thread, with the process's threads.
 
-With `compiled` or a lower `precision` in the plan it is plain `torch.compile` or plain autocast.
+With `compiled`, `channels_last` or a lower `precision` in the plan it is plain PyTorch with that knob.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 
-from autoplace.errors import ExecutionError
 from autoplace.hardware.cluster import Cluster
 from autoplace.plan import Plan
 
 from ._base import Executor
-from .sites import PRECISIONS
+from .compiling import Compiler
+from .layout import call_channels_last
+from .sites import autocast_dtype
 
 __all__ = ["Identity"]
 
@@ -26,15 +28,22 @@ class Identity(Executor):
 
     def __init__(self, model: torch.nn.Module, plan: Plan, cluster: Cluster) -> None:
         super().__init__(model, plan, cluster)
-        if plan.precision not in PRECISIONS:
-            raise ExecutionError(f"precision {plan.precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
-        self._dtype = PRECISIONS[plan.precision]
-        self._call = torch.compile(model) if plan.compiled else model
+        self._dtype = autocast_dtype(plan.precision)
+        self._compiler = Compiler()
+        self._call: Callable[..., Any] = self._compiler.wrap(model, whole=True) if plan.compiled else model
+        self._plain = self._dtype is None and not plan.channels_last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one pass."""
-        if self._dtype is None:
+        if self._plain:
             return self._call(*args, **kwargs)
         first = next(self.model.parameters(), None)
-        with torch.autocast("cpu" if first is None else first.device.type, dtype=self._dtype):
+        kind = "cpu" if first is None else first.device.type
+        with torch.autocast(kind, dtype=self._dtype, enabled=self._dtype is not None):
+            if self.plan.channels_last:
+                return call_channels_last(self._call, args, kwargs)
             return self._call(*args, **kwargs)
+
+    def compile_s(self) -> float:
+        """Return the wall seconds that calls of this executor have spent in `torch.compile`."""
+        return self._compiler.seconds

@@ -26,11 +26,13 @@ from autoplace.plan import Plan
 from . import routing
 from ._base import Executor
 from .batch import batch_size, part_sizes
+from .compiling import Compiler
+from .layout import call_channels_last
 from .segments import wait_all
-from .sites import PRECISIONS, Call, Rows, Site, finish
+from .sites import Call, Rows, Site, autocast_dtype, finish
 from .tree import shared_object
 from .turns import Turns, take_turn
-from .worker import DeviceWorker, Ledger, TaskThread
+from .worker import DeviceWorker, Ledger, TaskThread, spread_busy
 
 __all__ = ["PartsExecutor"]
 
@@ -54,11 +56,11 @@ class PartsExecutor(Executor):
                 f"{type(self).__name__} runs plans of shape {', '.join(self.shapes)}, not {plan.shape!r}; "
                 "let build_executor choose"
             )
-        if plan.precision not in PRECISIONS:
-            raise ExecutionError(f"precision {plan.precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+        autocast_dtype(plan.precision)  # refuses an unknown one before any thread starts
         replicas = [routing.resolve(model, replica.assignment, cluster) for replica in plan.replicas]
         self._targets = [{id(target.module): target for target in targets} for targets in replicas]
         self._labels = {key: target.path or "model" for targets in self._targets for key, target in targets.items()}
+        self._compiler = Compiler()
         self._ledger = Ledger()
         self._turns = Turns()
         self._controls: list[Site] = []
@@ -87,7 +89,8 @@ class PartsExecutor(Executor):
             host_cores = [c for d in self.cluster.devices if d.host == device.host for c in d.cores]
             worker = DeviceWorker(device, self.plan.threads.get(name), host_cores)
             self._workers[name] = worker
-            self._sites[name] = Site(worker, self._ledger, precision=self.plan.precision, compiled=self.plan.compiled)
+            compiler = self._compiler if self.plan.compiled else None
+            self._sites[name] = Site(worker, self._ledger, precision=self.plan.precision, compiler=compiler)
 
     def _whole(self, targets: Mapping[int, routing.Target]) -> str | None:
         """Return the one device of a replica that lies wholly on it."""
@@ -101,8 +104,11 @@ class PartsExecutor(Executor):
         whole = [self._whole(targets) for targets in self._targets]
         if len(self._targets) == 1 and self.plan.microbatches == 1 and whole[0] is None:
             with routing.routed(self._targets[0], self._dispatch):
+                if self.plan.channels_last:
+                    return call_channels_last(self.model, args, kwargs)
                 return self.model(*args, **kwargs)
         call = Call(self.model, self.model, args, kwargs, self._parameters(self.model))
+        call.channels_last = self.plan.channels_last
         if len(self._targets) == 1 and self.plan.microbatches == 1:
             site = self._sites[whole[0] or ""]
             return finish(call, wait_all([site.start(call)]))
@@ -119,8 +125,9 @@ class PartsExecutor(Executor):
         futures, sizes, start = [], [], 0
         rows: list[Rows] = []
         of_pass = self._turns.new_pass()
-        for number, (replica, size) in enumerate(part_sizes(self.plan, batch)):
-            rows = [(start, size) if split else None for split in batched]
+        parts = part_sizes(self.plan, batch)
+        for number, (replica, size) in enumerate(parts):
+            rows = [(start, size) if split else None for split in batched] if len(parts) > 1 else []
             device = whole[replica]
             if device is not None:
                 futures.append(self._sites[device].start(call, rows))
@@ -176,27 +183,18 @@ class PartsExecutor(Executor):
         busy = dict.fromkeys(self._workers, 0.0)
         for name, busy_ms in self._ledger.take().items():
             worker = self._workers[name]
-            if not worker.wide:
-                busy[name] = busy.get(name, 0.0) + busy_ms
-                continue
-            filled = min(1.0, (worker.threads or 1) / max(1, len(worker.cores)))
-            for device in self.cluster.devices:
-                if device.kind == "cpu" and device.host == worker.device.host:
-                    busy[device.name] = busy.get(device.name, 0.0) + busy_ms * filled
+            filled = (worker.threads or 1) / max(1, len(worker.cores)) if worker.wide else None
+            for device, device_ms in spread_busy(self.cluster, worker.device, busy_ms, filled).items():
+                busy[device] = busy.get(device, 0.0) + device_ms
         return busy
 
     def timeline(self) -> tuple[Span, ...]:
         """Return what ran when on the CPU devices since the last call, from the start of the first task."""
-        tasks = sorted(self._ledger.take_tasks(), key=lambda task: task[2])
-        return tuple(
-            Span(
-                resource=device,
-                label=label,
-                start_ms=(start_s - tasks[0][2]) * 1e3,
-                end_ms=(end_s - tasks[0][2]) * 1e3,
-            )
-            for device, label, start_s, end_s in tasks
-        )
+        return self._ledger.take_spans()
+
+    def compile_s(self) -> float:
+        """Return the wall seconds that calls of this executor have spent in `torch.compile`, over all workers."""
+        return self._compiler.seconds
 
     def close(self) -> None:
         """End the threads and take the gates out; calling it twice does nothing more."""

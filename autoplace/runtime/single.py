@@ -1,4 +1,8 @@
-"""The whole model on one device, with a thread count of its own; in microbatches when the plan says so."""
+"""The whole model on one device, by a worker that is pinned to it; in microbatches when the plan says so.
+
+For core groups that are a part of the machine, and for models that do not live on the device. The others need no
+worker. → `inline`
+"""
 
 from __future__ import annotations
 

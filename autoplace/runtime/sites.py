@@ -19,13 +19,15 @@ import torch
 from autoplace.errors import ExecutionError
 
 from .batch import CAT, MEAN, join_kinds
+from .compiling import Compiler
 from .copies import Copies
+from .layout import lay_out, take_back
 from .segments import Grads, Join, Segment, alias, join
 from .streams import record_streams
 from .tree import Tree
 from .worker import Ledger, TaskThread
 
-__all__ = ["PRECISIONS", "Call", "Part", "Site", "finish"]
+__all__ = ["PRECISIONS", "Call", "Part", "Site", "autocast_dtype", "finish"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "float32": None,
@@ -35,6 +37,17 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 """Values of `Plan.precision` to the autocast dtype; None = as the model and the caller have it."""
 
 Rows = tuple[int, int] | None
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the autocast dtype of a plan's precision; None = as the model and the caller have it.
+
+    Raises:
+        ExecutionError: If the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise ExecutionError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
 
 
 class Call:
@@ -60,6 +73,8 @@ class Call:
         self.label = label
         self.turn: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around the call's own work, forward and backward, where parts take turns on devices."""
+        self.channels_last = False
+        """Whether image inputs are laid out channels last. → `layout`"""
         self.module = module
         self.function = function
         self.tree = Tree((args, kwargs))
@@ -94,17 +109,22 @@ class Site:
         thread: A device's worker, or a control thread.
         ledger: Gets the busy time; None = nobody's.
         precision: A key of `PRECISIONS`.
-        compiled: Whether callables go through `torch.compile`.
+        compiler: Compiles what is called; None = calls it as it is.
     """
 
     def __init__(
-        self, thread: TaskThread, ledger: Ledger | None = None, *, precision: str = "float32", compiled: bool = False
+        self,
+        thread: TaskThread,
+        ledger: Ledger | None = None,
+        *,
+        precision: str = "float32",
+        compiler: Compiler | None = None,
     ) -> None:
         self.thread = thread
         self.ledger = ledger
-        self._dtype = PRECISIONS[precision]
+        self._dtype = autocast_dtype(precision)
         self._copies = Copies(thread.torch_device) if thread.torch_device is not None else None
-        self._compile = compiled
+        self._compiler = compiler
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
 
     def start(self, call: Call, rows: Sequence[Rows] = ()) -> Future[Part]:
@@ -132,9 +152,11 @@ class Site:
             values.append(value)
         record_streams(values)
         function, parameters, done = self._callable(call)
+        laid = lay_out(values) if call.channels_last else []
         args, kwargs = call.tree.build(values)
         with self._autocast():
             output = Tree(function(*args, **kwargs), objects=True, keep=call.tree.leaves)
+        take_back(laid, output.leaves)
         done()
         self._bring_home(output, call.home)
         if not call.graph:
@@ -173,9 +195,9 @@ class Site:
             parameters = [local[id(p)] for p in call.parameters]
             key, done = standin.module, standin.write_back
             function = standin.module if whole else standin.module.forward
-        if self._compile and self._copies is not None:
+        if self._compiler is not None and self._copies is not None:
             if (id(key), whole) not in self._compiled:
-                self._compiled[id(key), whole] = torch.compile(function)
+                self._compiled[id(key), whole] = self._compiler.wrap(key, function)
             function = self._compiled[id(key), whole]
         return function, parameters, done
 

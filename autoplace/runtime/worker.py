@@ -29,11 +29,12 @@ import torch
 
 from autoplace.errors import ExecutionError
 from autoplace.hands_off import hands_off, is_hands_off
-from autoplace.hardware.cluster import Device
+from autoplace.hardware.cluster import Cluster, Device
+from autoplace.outcome import Span
 
 from .streams import Streams, mark_events, wait_events
 
-__all__ = ["DeviceWorker", "Ledger", "TaskThread", "torch_device"]
+__all__ = ["DeviceWorker", "Ledger", "TaskThread", "group_cores", "spread_busy", "torch_device"]
 
 T = TypeVar("T")
 
@@ -93,21 +94,70 @@ class Ledger:
             self._events.append((device, start, end))
             full = len(self._events) > _MAX_PENDING_EVENTS
         if full:
-            self._read_events()
+            self._read_events(wait=False)
 
-    def _read_events(self) -> None:
+    def _read_events(self, *, wait: bool) -> None:
+        """Add the times of the events; those of work that is not done are waited for, or left for later."""
         with self._lock:
             events, self._events = self._events, []
-        for device, start, end in events:
+        for i, (device, start, end) in enumerate(events):
+            if not wait and not end.query():
+                with self._lock:
+                    self._events = events[i:] + self._events
+                return
             end.synchronize()
             self.add(device, start.elapsed_time(end))
 
     def take(self) -> dict[str, float]:
         """Return device name to busy milliseconds since the last call."""
-        self._read_events()
+        self._read_events(wait=True)
         with self._lock:
             taken, self._busy_ms = self._busy_ms, {}
         return taken
+
+    def take_spans(self) -> tuple[Span, ...]:
+        """Return the tasks since the last call as spans, in ms from the start of the first one."""
+        tasks = sorted(self.take_tasks(), key=lambda task: task[2])
+        return tuple(
+            Span(
+                resource=device,
+                label=label,
+                start_ms=(start_s - tasks[0][2]) * 1e3,
+                end_ms=(end_s - tasks[0][2]) * 1e3,
+            )
+            for device, label, start_s, end_s in tasks
+        )
+
+
+def group_cores(device: Device) -> list[int]:
+    """Return the cores of a CPU core group that this process may use.
+
+    Raises:
+        ExecutionError: If there are none.
+    """
+    available = os.sched_getaffinity(0)
+    own = sorted(available & set(device.cores)) if device.cores else sorted(available)
+    if not own:
+        raise ExecutionError(
+            f"this process may use none of the cores {list(device.cores)} of {device.name!r}; discover again"
+        )
+    return own
+
+
+def spread_busy(cluster: Cluster, device: Device, busy_ms: float, filled: float | None) -> dict[str, float]:
+    """Return device name to the busy milliseconds that a device's work means.
+
+    Args:
+        cluster: The devices.
+        device: Whose work it was.
+        busy_ms: How long it took.
+        filled: Threads per core of the host, where a CPU group worked on all its host's cores: the work then keeps all
+            CPU groups of the host busy, by that part. None = the work stayed on the device.
+    """
+    if filled is None:
+        return {device.name: busy_ms}
+    groups = [d.name for d in cluster.devices if d.kind == "cpu" and d.host == device.host]
+    return dict.fromkeys(groups, busy_ms * min(1.0, filled))
 
 
 class _Modes:
@@ -294,12 +344,7 @@ class DeviceWorker(TaskThread):
             torch.cuda.init()
             super().__init__(device.name, threads=1, device=place)
             return
-        available = os.sched_getaffinity(0)
-        own = sorted(available & set(device.cores)) if device.cores else sorted(available)
-        if not own:
-            raise ExecutionError(
-                f"this process may use none of the cores {list(device.cores)} of {device.name!r}; discover again"
-            )
+        available, own = os.sched_getaffinity(0), group_cores(device)
         count = len(own) if threads is None else threads
         self.wide = count > len(own)
         cores = sorted(available & set(host_cores)) or sorted(available) if self.wide else own

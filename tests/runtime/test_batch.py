@@ -24,8 +24,14 @@ def test_largest_remainder(total, shares, sizes):
 def test_parts_are_microbatches_of_replicas(make_plan):
     plan = make_plan("host0/cpu:0", "host0/cpu:1", shares=[0.7, 0.3], microbatches=2)
     assert part_sizes(plan, 10) == [(0, 4), (0, 3), (1, 2), (1, 1)]
-    with pytest.raises(ExecutionError, match="batch of 3 does not split into the plan's 4 parts"):
-        part_sizes(plan, 3)
+
+
+def test_parts_without_a_sample_are_left_out(make_plan):
+    plan = make_plan("host0/cpu:0", "host0/cpu:1", shares=[0.7, 0.3], microbatches=2)
+    assert part_sizes(plan, 3) == [(0, 1), (0, 1), (1, 1)]
+    assert part_sizes(plan, 1) == [(0, 1)]
+    assert part_sizes(make_plan("host0/cpu:0", "host0/cpu:1", shares=[0.05, 0.95]), 3) == [(1, 3)]
+    assert part_sizes(plan, 0) == [(0, 0)]
 
 
 def test_the_batch_is_the_first_tensor_with_a_dimension():

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LM
 
 from autoplace.errors import ExecutionError
 from autoplace.plan import Plan
-from autoplace.runtime import Identity, Replicas, SingleDevice, Stages, build_executor
+from autoplace.runtime import Identity, InlineDevice, Replicas, SingleDevice, Stages, build_executor
 from autoplace.runtime.copies import Copies
 
 A, B = "host0/cpu:0", "host0/cpu:1"
@@ -63,7 +63,8 @@ def test_the_plan_chooses_the_executor(cluster, make_plan):
     stages = {"0": A, "2": B}
     for plan, kind in [
         (Plan.plain(), Identity),
-        (make_plan(A), SingleDevice),
+        (make_plan(A), InlineDevice),
+        (make_plan(A, microbatches=2), SingleDevice),
         (make_plan(A, B), Replicas),
         (make_plan(stages), Stages),
         (make_plan(stages, A), Stages),
@@ -208,11 +209,30 @@ def test_exceptions_keep_their_type_and_place(cluster, make_plan):
             assert executor(-10 * torch.ones(4, 2)).shape == (4, 2), "it goes on after an exception"
 
 
-def test_batches_that_do_not_split(cluster, make_plan):
-    with build_executor(mlp(), make_plan(A, B, microbatches=2), cluster) as executor:
-        with pytest.raises(ExecutionError, match="batch of 3"):
-            executor(torch.ones(3, 8))
-        assert executor(torch.ones(4, 8)).shape == (4, 4)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_small_batches_run_on_the_parts_that_get_samples(cluster, make_plan, batch):
+    net, x = mlp(), torch.randn(batch, 8)
+    for plan in (
+        make_plan(A, B),
+        make_plan(A, B, shares=[0.1, 0.9], microbatches=2),
+        make_plan({"0": A, "1": A, "2": B}, microbatches=4),
+    ):
+        net.zero_grad()
+        expected = net(x)
+        expected.sum().backward()
+        grads = [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()
+        with build_executor(net, plan, cluster) as executor:
+            y = executor(x)
+            y.sum().backward()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close([p.grad for p in net.parameters()], grads)
+
+
+def test_inputs_without_a_batch_are_refused(cluster, make_plan):
+    no_batch = pytest.raises(ExecutionError, match="no tensor with a batch dimension")
+    with build_executor(nn.Identity(), make_plan(A, B), cluster) as executor, no_batch:
+        executor(torch.tensor(1.0))
 
 
 def test_plans_that_cannot_be_built(cluster, make_plan):
@@ -391,18 +411,19 @@ def test_an_interrupt_leaves_the_executor_usable(cluster, make_plan):
 
 def test_compiled_plans_go_through_torch_compile_once_per_module(cluster, make_plan, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda fn: compiled.append(fn) or fn)
-    net, x = mlp(), torch.randn(4, 8)
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: compiled.append(fn) or fn)
+    x = torch.randn(4, 8)
     for plan, count in [
-        (Plan.plain().with_(compiled=True), 1),
-        (make_plan(A, compiled=True), 1),
-        (make_plan(A, B, compiled=True), 2),
+        (make_plan(A, B, compiled=True), 1),
         (make_plan({"0": A, "1": A, "2": B}, compiled=True, microbatches=2), 3),
+        (make_plan({"0": A, "1": A, "2": B}, compiled=True), 3),
     ]:
+        net = mlp()
         compiled.clear()
-        with build_executor(net, plan, cluster) as executor:
-            for _ in range(2):
-                torch.testing.assert_close(executor(x), net(x))
+        for _ in range(2):  # an executor that is built again finds what the first had compiled
+            with build_executor(net, plan, cluster) as executor:
+                for _ in range(2):
+                    torch.testing.assert_close(executor(x), net(x))
         assert len(compiled) == count
 
 

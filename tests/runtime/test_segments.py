@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from autoplace.errors import ExecutionError
-from autoplace.runtime import build_executor
+from autoplace.runtime import InlineDevice, SingleDevice, build_executor
 
 A, B = "host0/cpu:0", "host0/cpu:1"
 
@@ -24,6 +24,7 @@ class Tied(nn.Module):
 
 
 PLANS = {
+    "inline": ([A], {}),
     "single": ([A], {}),
     "replicas": ([A, B], {}),
     "stages": ([{"embed": A, "middle": B, "head": A}], {}),
@@ -35,7 +36,8 @@ PLANS = {
 @pytest.fixture(params=PLANS)
 def executor(request, cluster, make_plan):
     replicas, knobs = PLANS[request.param]
-    with build_executor(Tied(), make_plan(*replicas, **knobs), cluster) as executor:
+    build = SingleDevice if request.param == "single" else build_executor
+    with build(Tied(), make_plan(*replicas, **knobs), cluster) as executor:
         yield executor
 
 
@@ -107,8 +109,14 @@ def test_retained_graphs_and_freed_ones(executor):
         loss.backward()
 
 
-def test_gradients_of_gradients_are_refused(executor):
+def test_gradients_of_gradients_are_refused_by_workers(executor):
     x = X.clone().requires_grad_()
+    if isinstance(executor, InlineDevice):
+        (grad,) = torch.autograd.grad(executor(x).sum(), x, create_graph=True)
+        (plain,) = torch.autograd.grad(executor.model(x).sum(), x, create_graph=True)
+        found = [torch.autograd.grad(g.square().sum(), x)[0] for g in (grad, plain)]
+        assert torch.equal(*found) and found[0].abs().sum() > 0
+        return
     with pytest.raises(ExecutionError, match="create_graph"):
         torch.autograd.grad(executor(x).sum(), x, create_graph=True)
 
@@ -192,7 +200,8 @@ def test_backward_runs_on_the_devices(cluster, make_plan):
         ([{"0": A, "1": B}], {"microbatches": 2}, [A, A, B, B]),
     ]:
         seen.clear()
-        with build_executor(net, make_plan(*replicas, **knobs), cluster) as executor:
+        build = SingleDevice if replicas == [B] else build_executor
+        with build(net, make_plan(*replicas, **knobs), cluster) as executor:
             executor(X).sum().backward()
         assert sorted(seen) == expected
 
