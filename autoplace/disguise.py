@@ -70,6 +70,9 @@ _KEPT = frozenset(
 )
 """Never sent to the model."""
 
+_ASKED_FOR = ("get_extra_state", "set_extra_state")
+"""PyTorch looks whether a class has methods of its own by these names."""
+
 _made: weakref.WeakKeyDictionary[type, dict[type, type]] = weakref.WeakKeyDictionary()
 
 
@@ -84,6 +87,7 @@ def disguised(base: type, model_type: type) -> type:
     if base not in made:
         own = _own_names(base)
         names = {name: method for name, method in vars(torch.nn.Module).items() if not name.startswith("_")}
+        names = {name: method for name, method in names.items() if name not in _ASKED_FOR}
         for parent in reversed(model_type.__mro__[: model_type.__mro__.index(torch.nn.Module)]):
             names |= vars(parent)
         namespace: dict[str, Any] = {

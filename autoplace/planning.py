@@ -25,8 +25,9 @@ from autoplace.replan import Signature, Watch, lent_buffers, recheck, signature_
 from autoplace.result import TuneResult
 from autoplace.runtime import build_executor
 from autoplace.runtime.fitness import Habits, unfit
+from autoplace.runtime.tree import Tree
 from autoplace.slots import Mode, Slot, State, tell
-from autoplace.workload import Workload
+from autoplace.workload import Workload, default_loss
 
 __all__ = ["ModeWorkload", "plan_slot", "quietly", "replan_slot", "tune_slot", "workload_of"]
 
@@ -51,6 +52,12 @@ class ModeWorkload(Workload):
         yield
 
 
+def _default_loss(output: Any) -> torch.Tensor:
+    """Return the default loss of an output of any type, dataclasses that PyTorch does not know included."""
+    own = getattr(output, "loss", None)
+    return default_loss(output if isinstance(own, torch.Tensor) else Tree(output).leaves)
+
+
 def workload_of(state: State, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModeWorkload:
     """Return the workload of a call, on copies of its inputs."""
 
@@ -66,7 +73,7 @@ def workload_of(state: State, mode: Mode, args: tuple[Any, ...], kwargs: Mapping
         kwargs=copied_kwargs,
         training=mode.training and mode.gradients,
         gradients=mode.gradients,
-        loss=state.options["loss"],
+        loss=state.options["loss"] or _default_loss,
         name=type(state.model).__name__,
     )
 
@@ -77,6 +84,9 @@ def quietly(state: State, mode: Mode) -> Iterator[None]:
     from autoplace.measure.preserve import RandomState
 
     random = RandomState()
+    # Weights that autocast has cast are kept until it ends, and the check's optimizer step would not be seen in them.
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
         with (
             torch.inference_mode(False),
@@ -87,6 +97,7 @@ def quietly(state: State, mode: Mode) -> Iterator[None]:
             state.exclusive = state.exclusive or silenced
             yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         random.restore()
 
 

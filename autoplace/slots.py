@@ -329,8 +329,10 @@ class State:
 
     def _worth_planning(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether passes of our own may run now, and could tell anything; tells why not, once."""
-        first = next(self.model.parameters(), None)
-        if first is not None and first.is_meta:
+        parameters = list(self.model.parameters())
+        if any(not isinstance(p, torch.nn.Parameter) or torch.nn.parameter.is_lazy(p) for p in parameters):
+            return False  # lent for one call (torch.func.functional_call), or made by this first call
+        if any(p.is_meta for p in parameters):
             self.once(
                 "meta",
                 "autoplace runs plain PyTorch: the model is on the meta device, where nothing can be measured; it "

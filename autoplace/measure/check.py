@@ -220,6 +220,14 @@ def _stepped(
                     parameter.copy_(value)
 
 
+def _precision(own: str) -> str:
+    """Return a plan's precision, or where that is full, the one of the autocast that the caller runs the model under."""
+    for kind in ("cpu", "cuda"):
+        if own == "float32" and torch.is_autocast_enabled(kind):
+            return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+    return own
+
+
 def check_plan(
     workload: Workload,
     executor: Executor,
@@ -250,7 +258,7 @@ def check_plan(
     if what := has_nan(reference.run):
         where = "output" if what in ("output", "loss") else what
         return CheckReport(ok=False, reason=f"plain PyTorch's own {where} holds NaN on these inputs; give other inputs")
-    precision = executor.plan.precision
+    precision = _precision(executor.plan.precision)
     with preserved(workload.model), no_dropout(workload.model), workload.mode():
         run = reference.pass_(executor, limit_s=limit_s)
         reason, output_error, gradient_error = compare(reference.run, run, config, precision)
