@@ -2,8 +2,9 @@
 
 An input tensor is split along dimension 0 when that has the batch's size (the size of the first input tensor that has a
 dimension); everything else goes whole to every part. An output tensor is joined along dimension 0 when in every part
-that has the part's size; a floating-point scalar, such as a mean loss, is averaged with the parts' sizes as weights.
-A model for which these rules are wrong gives other results than plain PyTorch, and `measure.check` throws the plan out.
+that has the part's size, or the same multiple of it (a row per token); a floating-point scalar, such as a mean loss, is
+averaged with the parts' sizes as weights. A model for which these rules are wrong gives other results than plain
+PyTorch, and `measure.check` throws the plan out.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def join_kinds(parts: Sequence[Tree], sizes: Sequence[int]) -> list[str]:
 
 def _join_kind(values: Sequence[Any], sizes: Sequence[int]) -> str:
     if all(isinstance(value, torch.Tensor) for value in values):
-        if all(value.dim() > 0 and value.shape[0] == size for value, size in zip(values, sizes, strict=True)):
+        if _rows_a_sample(values, sizes):
             return CAT
         if all(value.dim() == 0 and value.is_floating_point() for value in values):
             return MEAN
@@ -92,6 +93,13 @@ def _join_kind(values: Sequence[Any], sizes: Sequence[int]) -> str:
         f"the parts gave different outputs of type {type(values[0]).__name__}, which cannot be merged; "
         "use a plan with one part, or switch that output off (for example use_cache=False)"
     )
+
+
+def _rows_a_sample(values: Sequence[torch.Tensor], sizes: Sequence[int]) -> int:
+    """Return how many rows along dimension 0 every sample has in every part; 0 when that is not one number."""
+    rows = values[0].shape[0] // sizes[0] if values[0].dim() > 0 and sizes[0] > 0 else 0
+    fits = all(v.dim() > 0 and v.shape[0] == rows * size for v, size in zip(values, sizes, strict=True))
+    return rows if fits else 0
 
 
 def _equal(a: Any, b: Any) -> bool:

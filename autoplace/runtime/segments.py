@@ -126,10 +126,14 @@ class Join:
         if not self.cat:
             return list(grads)
         start, size, total = sum(self.sizes[:part]), self.sizes[part], sum(self.sizes)
-        return [
-            None if g is None else g.narrow(0, start, size) if cat else g * (size / total)
-            for g, cat in zip(grads, self.cat, strict=True)
-        ]
+
+        def share(g: torch.Tensor, cat: bool) -> torch.Tensor:
+            if not cat:
+                return g * (size / total)
+            rows = g.shape[0] // total  # a sample may have several
+            return g.narrow(0, start * rows, size * rows)
+
+        return [None if g is None else share(g, cat) for g, cat in zip(grads, self.cat, strict=True)]
 
     def merge(self, parts: Sequence[Grads]) -> Grads:
         """Return the gradients of sources and parameters from those of the parts."""

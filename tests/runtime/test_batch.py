@@ -46,10 +46,18 @@ def test_how_outputs_merge():
     assert join_kinds([one, two], [2, 1]) == [CAT, MEAN, PASS, PASS, PASS]
 
 
+def test_samples_may_have_several_rows():
+    assert join_kinds([Tree(torch.ones(6, 2)), Tree(torch.ones(3, 2))], [2, 1]) == [CAT]
+    with pytest.raises(ExecutionError, match="no batch dimension"):
+        join_kinds([Tree(torch.ones(6, 2)), Tree(torch.ones(4, 2))], [2, 1])
+    with pytest.raises(ExecutionError, match="no batch dimension"):
+        join_kinds([Tree(torch.ones(1, 2)), Tree(torch.ones(1, 2))], [2, 2])
+
+
 @pytest.mark.parametrize(
     ("one", "two", "words"),
     [
-        ([torch.ones(5, 2)], [torch.ones(5, 2)], "no batch dimension"),
+        ([torch.ones(5, 2)], [torch.ones(4, 2)], "no batch dimension"),
         (["a"], ["b"], "different outputs of type str"),
         ([1], [1, 2], "different structure"),
         ([torch.tensor(1)], [torch.tensor(2)], "no batch dimension"),

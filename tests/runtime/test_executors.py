@@ -427,6 +427,20 @@ def test_compiled_plans_go_through_torch_compile_once_per_module(cluster, make_p
         assert len(compiled) == count
 
 
+def test_outputs_with_a_row_per_token(make_plan, compare):
+    class PerToken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return {"rows": self.second(self.first(x)).flatten(0, 1), "samples": x.sum(1)}
+
+    weights = torch.arange(10.0).reshape(10, 1)
+    for plan in plans(make_plan, {"first": A, "second": B}):
+        compare(PerToken(), plan, [torch.randn(5, 2, 3)], pick=lambda y: (y["rows"] * weights).sum())
+
+
 @pytest.mark.parametrize("plan", [(A,), (A, B), ({"transformer.h.0": A, "transformer.h.1": B},)])
 def test_caches_among_the_outputs_are_merged(cluster, make_plan, plan):
     config = GPT2Config(vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=8)
