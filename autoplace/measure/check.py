@@ -221,7 +221,7 @@ def _stepped(
 
 
 def _precision(own: str) -> str:
-    """Return a plan's precision, or where that is full, the one of the autocast that the caller runs the model under."""
+    """Return a plan's precision, or where that is full, that of the autocast that the caller runs the model under."""
     for kind in ("cpu", "cuda"):
         if own == "float32" and torch.is_autocast_enabled(kind):
             return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
