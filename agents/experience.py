@@ -84,7 +84,8 @@ def _best(rows: Sequence[Mapping[str, Any]], problem: Problem) -> tuple[float, P
     able = []
     for row in rows:
         plan, outcome = Plan.from_json(row["plan"]), row["outcome"]
-        plain = not plan.threads and not plan.compiled and plan.precision == "float32"
+        knobs = plan.threads or plan.compiled or plan.channels_last or plan.engine != "threads"
+        plain = not knobs and plan.precision == "float32"
         objective = outcome.get("objective")
         if not outcome.get("feasible") or objective is None or not plain or len(plan.replicas) != 1:
             continue

@@ -1,17 +1,24 @@
 """Which plan is kept: the rules of "never slower" as pure functions over measured Outcomes.
 
-The best few plans are screened in a short interleaved run; those that gain (→ `finalists`) run again, longer, and that
+The best few plans are screened in short interleaved runs; those that gain (→ `finalists`) run again, longer, and that
 run decides (→ `choose`). A plan replaces plain PyTorch only when it computes the same, and is better in the objective
-by more than the A/A noise measured in the same run. The gain of a plan over plain PyTorch is
+by more than the A/A noise measured in the same run. Plain `torch.compile`, where it ran, is a second guard: a plan that
+is to be kept instead of it must gain more, by more than the noise. The gain of a plan over plain PyTorch is
 
     (latency ratio)^(1-w) * (energy ratio)^w          → `gain_interval`
 
 pair by pair: the latency ratio from the two samples of one round of the interleaved run, the energy ratio from the two
-Outcomes' energies, which must come from one source.
+Outcomes' energies, which must come from one source. A plan that compiles has to earn the seconds c that this takes
+within the R seconds for which the model is to run, so that its latency ratio s counts as
+
+    R / (c + R / s)                                   → `paid_back`
+
+The energy of compiling is not counted: nobody measured it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,10 +27,10 @@ from autoplace.outcome import Outcome
 from autoplace.problem import Objective
 from autoplace.result import Candidate
 
-__all__ = ["Ratio", "choose", "compare", "finalists", "noise_of"]
+__all__ = ["Ratio", "choose", "compare", "finalists", "judged", "noise_of", "paid_back", "pair_gains"]
 
 MOST_FINALISTS = 3
-"""Plans in the deciding run, beside plain PyTorch twice."""
+"""Plans in the deciding run, beside plain PyTorch twice and plain `torch.compile`."""
 NOISE_FLOOR = 0.01
 """Gains below one per cent are never believed, whatever the A/A run says."""
 
@@ -33,34 +40,107 @@ class Ratio:
     """A plan against plain PyTorch; more than 1 is better than plain."""
 
     speedup: float
-    """Median of the pairwise latency ratios."""
+    """Median of the pairwise latency ratios, as measured."""
     speedup_interval: tuple[float, float]
     """Their quartiles."""
     gain: float
-    """Median gain in the objective."""
+    """Median gain in the objective; the time to compile is paid back first."""
     gain_low: float
     """Lower quartile of the gain."""
 
 
-def compare(plain: Outcome, other: Outcome, objective: Objective) -> Ratio | None:
+def paid_back(speedup: float, compile_s: float, run_s: float) -> float:
+    """Return what a speed-up counts for over a run that starts with compiling.
+
+    Args:
+        speedup: Plain latency over the plan's.
+        compile_s: Seconds of compiling.
+        run_s: Seconds that plain PyTorch would run; infinity counts compiling for nothing.
+    """
+    if compile_s <= 0.0 or math.isinf(run_s):
+        return speedup
+    return run_s / (compile_s + run_s / speedup)
+
+
+def compare(
+    plain: Outcome,
+    other: Outcome,
+    objective: Objective,
+    *,
+    compile_s: float = 0.0,
+    run_s: float = math.inf,
+) -> Ratio | None:
     """Compare a measured plan with plain PyTorch of the same interleaved run.
+
+    Args:
+        plain, other: Outcomes with one sample per round.
+        objective: What the gain is in.
+        compile_s: Seconds that compiling the plan takes.
+        run_s: Seconds for which the model is to run.
 
     Returns:
         None when either is infeasible, or when energy counts and the two have no figures of one source.
     """
-    if not (plain.feasible and other.feasible):
+    energy = _energy_ratio(plain, other, objective)
+    if energy is None:
         return None
     speedup, quartiles = pair_ratios(plain.samples_ms, other.samples_ms)
-    weight, energy = objective.energy_weight, 1.0
-    if weight > 0.0:
-        if not plain.energy_j or not other.energy_j or plain.energy_source != other.energy_source:
-            return None
-        energy = plain.energy_j / other.energy_j
-    return Ratio(
-        speedup=speedup,
-        speedup_interval=quartiles,
-        gain=speedup ** (1.0 - weight) * energy**weight,
-        gain_low=quartiles[0] ** (1.0 - weight) * energy**weight,
+    weight = objective.energy_weight
+
+    def gain(ratio: float) -> float:
+        return paid_back(ratio, compile_s, run_s) ** (1.0 - weight) * energy**weight
+
+    return Ratio(speedup=speedup, speedup_interval=quartiles, gain=gain(speedup), gain_low=gain(quartiles[0]))
+
+
+def pair_gains(
+    plain: Outcome,
+    other: Outcome,
+    objective: Objective,
+    *,
+    compile_s: float = 0.0,
+    run_s: float = math.inf,
+) -> list[float]:
+    """Return the gain of every pair of one interleaved run, see `compare`; empty when they cannot be compared."""
+    energy = _energy_ratio(plain, other, objective)
+    if energy is None:
+        return []
+    weight = objective.energy_weight
+    ratios = [a / b for a, b in zip(plain.samples_ms, other.samples_ms, strict=True)]
+    return [paid_back(ratio, compile_s, run_s) ** (1.0 - weight) * energy**weight for ratio in ratios]
+
+
+def _energy_ratio(plain: Outcome, other: Outcome, objective: Objective) -> float | None:
+    """Return plain's energy over the plan's, 1 where energy does not count; None when there is nothing to compare."""
+    if not (plain.feasible and other.feasible):
+        return None
+    if objective.energy_weight == 0.0:
+        return 1.0
+    if not plain.energy_j or not other.energy_j or plain.energy_source != other.energy_source:
+        return None
+    return plain.energy_j / other.energy_j
+
+
+def judged(
+    candidate: Candidate,
+    plain: Outcome,
+    outcome: Outcome,
+    objective: Objective,
+    *,
+    compile_s: float = 0.0,
+    run_s: float = math.inf,
+) -> Candidate:
+    """Return a candidate with what was measured of it beside plain PyTorch; see `compare`."""
+    row = replace(candidate, measured=outcome, compile_s=compile_s)
+    ratio = compare(plain, outcome, objective, compile_s=compile_s, run_s=run_s)
+    if ratio is None:
+        return replace(row, speedup=None, speedup_interval=None, gain=None, gain_low=None)
+    return replace(
+        row,
+        speedup=ratio.speedup,
+        speedup_interval=ratio.speedup_interval,
+        gain=ratio.gain,
+        gain_low=ratio.gain_low,
     )
 
 
@@ -72,49 +152,73 @@ def noise_of(plain: Outcome, again: Outcome) -> float:
 
 
 def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the measured plans whose median gain is above 1, best first, a few at most; plain PyTorch comes first."""
-    able = [c for c in candidates[1:] if c.measured is not None and c.measured.feasible and (c.gain or 0.0) > 1.0]
+    """Return the measured plans whose median gain is above 1, best first, a few at most; plain PyTorch comes first.
+
+    Plans that were stopped early could not win and are none.
+    """
+    able = [c for c in candidates[1:] if c.measured is not None and c.measured.feasible and not c.stopped]
+    able = [c for c in able if (c.gain or 0.0) > 1.0]
     return sorted(able, key=lambda c: -(c.gain or 0.0))[:MOST_FINALISTS]
 
 
-def choose(candidates: Sequence[Candidate], final: Collection[str], *, noise: float) -> list[Candidate]:
+def choose(
+    candidates: Sequence[Candidate], final: Collection[str], *, noise: float, run_s: float = math.inf
+) -> list[Candidate]:
     """Fill in verdicts and mark the kept candidate.
 
     Args:
         candidates: Measured or not; the first is plain PyTorch.
         final: Labels of the plans in the deciding run, which alone may be kept.
         noise: A/A noise of that run, as a fraction.
+        run_s: Seconds for which the model is to run, for the words.
 
     Returns:
         The same candidates in the same order, exactly one of them kept.
     """
     plain = candidates[0]
-    winners = [c for c in candidates[1:] if c.label in final and _refusal(c, final, noise) is None]
+    refusals = [_refusal(c, final, noise, run_s) for c in candidates[1:]]
+    winners = [c for c, refusal in zip(candidates[1:], refusals, strict=True) if refusal is None]
+    guard = next((c for c in winners if _is_compile(c)), None)
     best = max(winners, key=lambda c: c.gain or 0.0, default=plain)
-    judged = []
-    for candidate in candidates:
-        if candidate is plain:
-            verdict = "kept: nothing beats it beyond the noise" if best is plain else "baseline"
-        elif candidate is best:
-            verdict = "kept"
+    if guard is not None and (best.gain or 0.0) <= (guard.gain or 0.0) * (1.0 + noise):
+        best = guard
+    verdicts = ["kept: nothing beats it beyond the noise" if best is plain else "baseline"]
+    for candidate, refusal in zip(candidates[1:], refusals, strict=True):
+        if candidate is best:
+            verdicts.append("kept")
+        elif refusal is None and best is guard and (candidate.gain or 0.0) > (guard.gain or 0.0):
+            verdicts.append(f"not better than {best.label} beyond the noise (±{noise:.1%})")
         else:
-            verdict = _refusal(candidate, final, noise) or f"slower than {best.label}"
-        judged.append(replace(candidate, kept=candidate is best, verdict=verdict))
-    return judged
+            verdicts.append(refusal or f"slower than {best.label}")
+    return [replace(c, kept=c is best, verdict=verdict) for c, verdict in zip(candidates, verdicts, strict=True)]
 
 
-def _refusal(candidate: Candidate, final: Collection[str], noise: float) -> str | None:
+def _is_compile(candidate: Candidate) -> bool:
+    """Return whether a candidate is plain `torch.compile`, the second guard."""
+    return candidate.plan == candidate.plan.plain().with_(compiled=True)
+
+
+def _refusal(candidate: Candidate, final: Collection[str], noise: float, run_s: float) -> str | None:
     """Why a candidate may not replace plain PyTorch; None when it may."""
     if candidate.measured is None:
         if candidate.predicted is not None and not candidate.predicted.feasible:
             return f"not measured: {candidate.predicted.reason}"
-        return "not measured: predicted slower"
+        return f"not measured: {candidate.check or 'predicted slower'}"
     if not candidate.measured.feasible:
         return candidate.measured.reason
     if candidate.gain is None or candidate.gain_low is None:
         return "no energy figure to compare"
+    if candidate.gain <= 1.0 < (candidate.speedup or 0.0) and candidate.compile_s > 0.0 and not math.isinf(run_s):
+        return f"compiling took {candidate.compile_s:.0f} s and would not pay back within {run_s:.0f} s"
     if candidate.label in final and (candidate.gain <= 1.0 + noise or candidate.gain_low <= 1.0):
         return f"not better beyond the noise (±{noise:.1%})"
     if candidate.gain <= 1.0:
         return "worse than plain PyTorch"
-    return None if candidate.label in final else "left out of the deciding run: others gained more"
+    if candidate.label in final:
+        return None
+    rounds = len(candidate.measured.samples_ms)
+    return (
+        f"stopped after {rounds} rounds: it could not win"
+        if candidate.stopped
+        else ("left out of the deciding run: others gained more")
+    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from autoplace.measure.pool import plan_key
 from autoplace.plan import Plan
 from autoplace.problem import Problem
 from autoplace.result import Candidate
@@ -16,7 +16,7 @@ from autoplace.strategies import Budget, make_strategy, strategy_names
 if TYPE_CHECKING:
     from autoplace.policy.policy import Policy
 
-__all__ = ["merge", "predict_again", "propose", "select", "select_new"]
+__all__ = ["merge", "predict_again", "propose", "select", "select_new", "with_unique_labels"]
 
 SECONDS_PER_SEARCH = 5.0
 """What one searching strategy may spend at one number of microbatches, whatever its budget of evaluations."""
@@ -58,7 +58,7 @@ def propose(
         for plan in make_strategy(name, policy=policy).propose(variant, budget=budget, seed=seed)[: _keep(name)]:
             if plan.shape in ("single", "replicas"):
                 plan = plan.with_(microbatches=1)
-            key = _key(plan)
+            key = plan_key(plan)
             plans.setdefault(key, plan)
             if name not in proposers.setdefault(key, []):
                 proposers[key].append(name)
@@ -69,7 +69,7 @@ def propose(
         for (key, plan), outcome in zip(plans.items(), outcomes, strict=True)
     ]
     found.sort(key=lambda c: c.predicted.objective if c.predicted else float("inf"))
-    return _with_unique_labels(found)
+    return with_unique_labels(found)
 
 
 def select(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
@@ -103,9 +103,9 @@ def predict_again(candidates: Sequence[Candidate], problem: Problem) -> list[Can
 
 def merge(candidates: Sequence[Candidate], proposed: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
     """Return all candidates, and those of the second proposal whose plans are new; labels stay unique over both."""
-    known = {_key(c.plan) for c in candidates}
-    fresh = [c for c in proposed if _key(c.plan) not in known]
-    whole = _with_unique_labels([*candidates, *fresh])
+    known = {plan_key(c.plan) for c in candidates}
+    fresh = [c for c in proposed if plan_key(c.plan) not in known]
+    whole = with_unique_labels([*candidates, *fresh])
     return whole, whole[len(candidates) :]
 
 
@@ -132,11 +132,6 @@ def select_new(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     return list(wanted.values())[:count]
 
 
-def _key(plan: Plan) -> str:
-    """Return what tells plans apart, whoever proposed them."""
-    return json.dumps({**plan.to_json(), "strategy": ""}, sort_keys=True)
-
-
 def _keep(name: str) -> int:
     """How many plans of one strategy are worth a row: all devices and shares, but one placement per search."""
     return 4 if name in ("single", "threads", "replicas") else 1
@@ -153,7 +148,7 @@ def _label(plan: Plan, proposers: Sequence[str]) -> str:
     return f"{names} x{plan.microbatches}"
 
 
-def _with_unique_labels(candidates: Sequence[Candidate]) -> list[Candidate]:
+def with_unique_labels(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Number equal labels, (2) from the second one on; labels that are unique already stay as they are."""
     taken: set[str] = set()
     unique = []

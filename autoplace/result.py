@@ -32,11 +32,16 @@ class Candidate:
     speedup_interval: tuple[float, float] | None = None
     """Quartiles of the pairwise ratios."""
     gain: float | None = None
-    """Plain PyTorch's objective J over this plan's; equals the speed-up when energy does not count."""
+    """Plain PyTorch's objective J over this plan's; equals the speed-up when energy does not count and nothing is
+    compiled: compiling has to pay back first → `choose.paid_back`."""
     gain_low: float | None = None
     """Lower quartile of the gain over the pairs of the interleaved run."""
+    compile_s: float = 0.0
+    """Seconds that compiling took; 0 when nothing is compiled."""
+    stopped: bool = False
+    """Whether its real run was ended early, because it could not win any more."""
     check: str = ""
-    """What the check against plain PyTorch found, in words."""
+    """What the check against plain PyTorch found, in words; of a plan that was not measured, why not, if known."""
     kept: bool = False
     """Whether this is the chosen plan."""
     verdict: str = ""
@@ -89,7 +94,7 @@ class TuneResult:
     @property
     def baseline(self) -> Candidate:
         """Plain PyTorch."""
-        return next(c for c in self.candidates if c.plan.is_plain)
+        return self.candidates[0]
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-ready data."""
@@ -123,6 +128,8 @@ class TuneResult:
                     "speedup_interval": list(c.speedup_interval) if c.speedup_interval else None,
                     "gain": c.gain,
                     "gain_low": c.gain_low,
+                    "compile_s": c.compile_s,
+                    "stopped": c.stopped,
                     "check": c.check,
                     "kept": c.kept,
                     "verdict": c.verdict,

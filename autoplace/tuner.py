@@ -1,37 +1,35 @@
 """`tune()`: the whole road from a model to a measured plan.
 
-    capture → discover → profile → propose → simulate → measure the best few → check → choose
+    capture → discover → profile → propose → simulate → measure the best few → search the knobs → choose
                                       ↑                          │
                                       └──────── calibrate ◀──────┘
 
-It composes the rooms and holds no knowledge of its own about any of them; the rules by which a plan is kept are in
-`autoplace.choose`. It reaches up to the zoo for the policy and for tracking, lazily.
+It composes the rooms and holds no knowledge of its own about any of them; the real runs are in `autoplace.contest`, the
+rules by which a plan is kept in `autoplace.choose`. It reaches up to the zoo for the policy and for tracking, lazily.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from autoplace import choose as choosing
+from autoplace.contest import Contest
 from autoplace.errors import InputError, PolicyError
 from autoplace.hardware.cluster import Cluster
 from autoplace.outcome import Outcome
-from autoplace.plan import Plan
-from autoplace.problem import Objective, Problem
-from autoplace.proposals import merge, predict_again, propose, select, select_new
-from autoplace.result import Candidate, TuneResult
+from autoplace.problem import Objective
+from autoplace.proposals import propose
+from autoplace.result import TuneResult
 from autoplace.workload import Workload
 
 if TYPE_CHECKING:
-    from autoplace.costs.calibrate import Calibration
     from autoplace.policy.policy import Policy
 
 __all__ = ["Progress", "Record", "TuneConfig", "tune"]
@@ -50,7 +48,9 @@ class TuneConfig:
     objective: Objective = field(default_factory=Objective)
     """Latency, or latency and energy."""
     budget_s: float = 60.0
-    """Wall seconds for the real runs that decide; planning comes on top."""
+    """Wall seconds for all real runs, compiling included; planning comes on top."""
+    run_s: float = 600.0
+    """Seconds for which the model is to run; compiling must pay back within them."""
     policy: str | None = "default"
     """Name, directory or `models:/` URI of the learned policy; None plans without one."""
     microbatches: tuple[int, ...] = (1, 2, 4)
@@ -63,8 +63,13 @@ class TuneConfig:
     """How many of the best predicted plans are measured."""
     rounds: int = 7
     """Interleaved rounds of the first measurement; the finalists get three times as many."""
-    compile: bool = False
-    """Whether plain `torch.compile` is a candidate too."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether plain `torch.compile` is a candidate, and plans may be compiled; `"auto"` = where it can be expected to
+    fit the budget and this machine has a compiler. True tries it even where it takes longer than the budget."""
+    precision: Literal["float32", "auto"] = "float32"
+    """`"auto"` lets plans run under bfloat16 autocast; their check has a wider tolerance."""
+    knob_trials: int = 16
+    """Real runs that the search of the knobs may make; 0 = no search."""
     use_cache: bool = True
     """Whether measured costs of an earlier run may be used."""
     seed: int = 0
@@ -76,6 +81,14 @@ class TuneConfig:
             raise InputError(f"max_groups is {self.max_groups}; use 1 to 256")
         if self.measured_plans < 1 or self.rounds < 3:
             raise InputError("measured_plans must be 1 or more and rounds 3 or more")
+        if not self.run_s > 0:
+            raise InputError(f"run_s is {self.run_s}; give the seconds for which the model is to run, more than 0")
+        if self.compile not in (True, False, "auto"):
+            raise InputError(f"compile is {self.compile!r}; use True, False or 'auto'")
+        if self.precision not in ("float32", "auto"):
+            raise InputError(f"precision is {self.precision!r}; use 'float32' or 'auto'")
+        if self.knob_trials < 0:
+            raise InputError(f"knob_trials is {self.knob_trials}; use 0 or more")
 
 
 class _Phases:
@@ -152,8 +165,17 @@ def tune(
             if record is not None and candidate.predicted is not None:
                 record(candidate.label, candidate.predicted)
     with phases.phase("measure") as step:
-        measurement = _Measurement(workload, problem, config, prior, search, record, step)
-        candidates = measurement.run(candidates)
+        contest = Contest(
+            workload,
+            problem,
+            config,
+            captured=captured,
+            prior=prior,
+            search=search,
+            record=record or (lambda _label, _outcome: None),
+            step=step,
+        )
+        candidates = contest.run(candidates)
     labels = [str(label) for label in costs.labels.ravel()]
     return TuneResult(
         model_name=workload.name,
@@ -162,16 +184,16 @@ def tune(
         objective=config.objective,
         cluster=cluster,
         candidates=tuple(candidates),
-        noise=measurement.noise,
+        noise=contest.noise,
         capture_rung=captured.rung,
         capture_reason=captured.reason,
         num_ops=captured.graph.num_ops,
         num_groups=grouping.graph.num_ops,
         cost_labels={label: labels.count(label) for label in dict.fromkeys(labels)},
-        calibration=measurement.calibration,
+        calibration=contest.calibration,
         problem=problem,
         seconds=phases.seconds,
-        notes=(*notes, *costs.notes, *measurement.notes),
+        notes=(*notes, *costs.notes, *contest.notes),
         environment=_environment(),
     )
 
@@ -200,173 +222,3 @@ def _policy(config: TuneConfig) -> tuple[Policy | None, list[str]]:
         if config.policy != "default":
             raise
         return None, ["Planned without a learned policy: none named 'default' is installed."]
-
-
-class _Measurement:
-    """Screens the best few plans beside plain PyTorch, learns from it, and decides among the finalists.
-
-    Three interleaved runs share the budget: the screening; a second one for plans that the calibrated simulator found;
-    and the finalists' own. → `_SCREENING`, `_SECOND`, `_FINAL`
-    """
-
-    def __init__(
-        self,
-        workload: Workload,
-        problem: Problem,
-        config: TuneConfig,
-        prior: Calibration,
-        search: Callable[[Problem], list[Candidate]],
-        record: Record | None,
-        step: Callable[[int, int], None],
-    ) -> None:
-        from autoplace.measure.evaluator import MeasuredEvaluator
-
-        self._config, self._problem, self._prior, self._search = config, problem, prior, search
-        self._record = record or (lambda _label, _outcome: None)
-        self._step = step
-        self._done = self._total = 0
-        self._same = "same outputs" + (" and gradients" if workload.training else "")
-        self._evaluator = MeasuredEvaluator(
-            workload,
-            problem.cluster,
-            objective=config.objective,
-            limit_s=config.budget_s / 6,
-            warmup=_WARMUP,
-            progress=lambda _plan, _round: self._advance(),
-        )
-        self.noise = choosing.NOISE_FLOOR
-        self.calibration: dict[str, Any] = {}
-        self.notes: list[str] = []
-
-    def run(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Return all candidates with verdicts, plain PyTorch first."""
-        chosen = select(candidates, self._config.measured_plans)
-        if self._config.compile:
-            chosen.append(Candidate(label="plain torch.compile", plan=Plan.plain().with_(compiled=True)))
-        screened = self._beside_plain(chosen, self._rounds(chosen, _SCREENING, self._config.rounds))
-        labels = {c.label for c in screened}
-        rows = self._learn([*screened, *(c for c in candidates if c.label not in labels)])
-        finalists = choosing.finalists(rows)
-        if finalists:
-            # The best of several short runs is flattered by chance, so a run of their own decides, with its own noise.
-            rounds = self._rounds(finalists, _FINAL, _FINAL_FACTOR * self._config.rounds)
-            rows = _updated(rows, self._beside_plain(finalists, rounds))
-        return choosing.choose(rows, {c.label for c in finalists}, noise=self.noise)
-
-    def _learn(self, rows: list[Candidate]) -> list[Candidate]:
-        """Calibrate the simulator on what ran, plan again with it, and screen the few new plans that promise more."""
-        calibration = self._calibrated(rows)
-        if calibration is None:
-            return rows
-        problem = calibration.apply(self._problem)
-        rows = predict_again(rows, problem)
-        known = {c.label for c in rows}
-        if calibration.factors != self._prior.factors:
-            rows, fresh = merge(rows, self._search(problem))
-            for candidate in fresh:
-                if candidate.predicted is not None:
-                    self._record(candidate.label, candidate.predicted)
-        picked = select_new(rows, _SECOND_PLANS)
-        if picked:
-            _, *second = self._beside_plain(picked, self._rounds(picked, _SECOND, self._config.rounds))
-            rows = _updated(rows, second)
-            calibration = self._calibrated(rows) or calibration
-            rows = predict_again(rows, calibration.apply(self._problem))
-        self._explain(calibration, rows, {c.label for c in picked})
-        return [c for c in rows if c.label in known or c.measured is not None]
-
-    def _calibrated(self, rows: Sequence[Candidate]) -> Calibration | None:
-        """Fit the simulator to all real runs so far; None when none can tell anything."""
-        from autoplace.costs.calibrate import calibrate
-
-        ran = _ran(rows)
-        calibration = calibrate(self._problem, [c.plan for c, _ in ran], [o for _, o in ran], prior=self._prior)
-        return calibration if ran else None
-
-    def _explain(self, calibration: Calibration, rows: Sequence[Candidate], second: set[str]) -> None:
-        """Keep the calibration for the next tuning, and tell the user of it."""
-        from autoplace.costs.calibrate import store_calibration
-
-        store_calibration(self._problem, calibration)
-        ran = _ran(rows)
-        plans, outcomes = [c.plan for c, _ in ran], [o for _, o in ran]
-        before = self._prior.error(self._problem, plans, outcomes)
-        after = calibration.error(self._problem, plans, outcomes)
-        self.calibration = {
-            **calibration.to_json(),
-            "prior": self._prior.to_json(),
-            "median_error_before": before.median,
-            "median_error_after": after.median,
-            "kendall_tau_before": before.kendall_tau,
-            "kendall_tau_after": after.kendall_tau,
-            "second_plans": sorted(second),
-        }
-        self.notes.append(
-            f"Calibrated on {calibration.runs} real runs: {calibration.sentence}; "
-            f"median error of predictions {before.median:.0%} → {after.median:.0%}."
-        )
-
-    def _advance(self) -> None:
-        self._done += 1
-        self._step(self._done, max(self._done, self._total))
-
-    def _rounds(self, chosen: Sequence[Candidate], share: float, wanted: int) -> int:
-        """Return how many interleaved rounds fit into a share of the budget, judged by the predictions.
-
-        Plain PyTorch is in each round twice, and every timed pass has an untimed one before it.
-        """
-        predicted_ms = [c.predicted.latency_ms for c in chosen if c.predicted is not None]
-        budget_ms = share * self._config.budget_s * 1e3
-        round_ms = 2 * (sum(predicted_ms) + 2 * max(predicted_ms, default=1.0))
-        return max(min(wanted, _LEAST_ROUNDS), min(wanted, int(budget_ms / max(round_ms, 1e-3))))
-
-    def _beside_plain(self, chosen: Sequence[Candidate], rounds: int) -> list[Candidate]:
-        """Measure plans interleaved with plain PyTorch, which runs twice a round; returns plain first."""
-        plans = [Plan.plain(), Plan.plain(), *(c.plan for c in chosen)]
-        self._total += len(plans) * (_WARMUP + rounds)
-        plain, again, *outcomes = self._evaluator.evaluate_interleaved(plans, rounds)
-        if not plain.feasible:
-            raise InputError(f"plain PyTorch cannot run this model on these inputs: {plain.reason}")
-        self.noise = choosing.noise_of(plain, again)
-        rows = [replace(_PLAIN_ROW, measured=plain)]
-        self._record(_PLAIN_ROW.label, plain)
-        for candidate, outcome in zip(chosen, outcomes, strict=True):
-            self._record(candidate.label, outcome)
-            rows.append(self._judged(candidate, plain, outcome))
-        return rows
-
-    def _judged(self, candidate: Candidate, plain: Outcome, outcome: Outcome) -> Candidate:
-        row = replace(candidate, measured=outcome, check=self._same if outcome.feasible else outcome.reason)
-        ratio = choosing.compare(plain, outcome, self._config.objective)
-        if ratio is None:
-            return row
-        return replace(
-            row,
-            speedup=ratio.speedup,
-            speedup_interval=ratio.speedup_interval,
-            gain=ratio.gain,
-            gain_low=ratio.gain_low,
-        )
-
-
-def _ran(rows: Sequence[Candidate]) -> list[tuple[Candidate, Outcome]]:
-    """Return the placed plans that ran, and their Outcomes."""
-    return [(c, c.measured) for c in rows if c.predicted is not None and c.measured is not None and c.measured.feasible]
-
-
-def _updated(rows: Sequence[Candidate], newer: Sequence[Candidate]) -> list[Candidate]:
-    by_label = {c.label: c for c in newer}
-    return [by_label.get(c.label, c) for c in rows]
-
-
-_SCREENING, _SECOND, _FINAL = 1 / 3, 1 / 6, 1 / 2
-"""Shares of the budget."""
-_SECOND_PLANS = 2
-"""Plans in the second screening, at most."""
-_FINAL_FACTOR = 3
-"""The finalists are decided on with this many times the rounds of the first measurement."""
-_WARMUP = 2
-"""Rounds before the counted ones."""
-_LEAST_ROUNDS = 5
-"""Fewer rounds give no quartiles worth the name."""
-_PLAIN_ROW = Candidate(label="plain PyTorch", plan=Plan.plain(), speedup=1.0, gain=1.0, check="reference")

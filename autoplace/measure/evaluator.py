@@ -69,8 +69,8 @@ class _Candidate:
     passes: int = 0
     first_s: float = 0.0
     """Seconds of the check."""
-    compiled_s: float | None = None
-    """Seconds of compiling up to then; None where the executor does not say."""
+    compiled_s: float = 0.0
+    """Seconds of compiling up to then."""
 
 
 class MeasuredEvaluator:
@@ -141,6 +141,7 @@ class MeasuredEvaluator:
         rounds: int,
         *,
         warmup: int | None = None,
+        settle: int = 1,
         enough: Enough | None = None,
         until_s: float | None = None,
     ) -> list[Outcome]:
@@ -150,6 +151,7 @@ class MeasuredEvaluator:
             plans: Any; the same one may be there twice.
             rounds: Counted passes of each plan, at most.
             warmup: Passes before them; None = as the evaluator has it.
+            settle: Untimed passes right before each counted one.
             enough: Ends the run early.
             until_s: When to end, by `time.perf_counter`: plans whose turn comes later are not tried, and no round
                 begins later once there are three.
@@ -164,7 +166,8 @@ class MeasuredEvaluator:
                 self._forget_if_changed()
                 for candidate in candidates:
                     self._prepare(candidate, until_s)
-                samples = self._time(candidates, rounds, self._warmup if warmup is None else warmup, enough, until_s)
+                counts = {"repeats": rounds, "warmup": self._warmup if warmup is None else warmup, "settle": settle}
+                samples = self._time(candidates, counts, enough, until_s)
             finally:
                 for candidate in candidates:
                     self._count_compiling(candidate)
@@ -211,7 +214,7 @@ class MeasuredEvaluator:
                     limit_s=self._limit_of(plan, until_s),
                 )
                 candidate.first_s = time.perf_counter() - start
-                candidate.compiled_s = _compiled_s(executor)
+                candidate.compiled_s = executor.compile_s()
                 self._verdicts[key] = report.reason
             candidate.reason = self._verdicts.get(key, "")
         except Exception as error:
@@ -227,15 +230,14 @@ class MeasuredEvaluator:
     def _count_compiling(self, candidate: _Candidate) -> None:
         """Note what a user of the plan would wait for: one compilation, not those of the check and the runs together.
 
-        The check runs without dropout, which is another function to the compiler. An executor that does not count is
+        The check runs without dropout, which is another function to the compiler. An executor that counts nothing is
         taken to have compiled during its check.
         """
-        plan, executor = candidate.plan, candidate.executor
-        if not plan.compiled or executor is None:
+        if not candidate.plan.compiled or candidate.executor is None:
             return
-        before, after = candidate.compiled_s, _compiled_s(executor)
-        spent_s = candidate.first_s if before is None or after is None else max(before, after - before)
-        self._compile_s[plan_key(plan)] = max(spent_s, self.compile_s(plan))
+        before_s, after_s = candidate.compiled_s, candidate.executor.compile_s()
+        key = plan_key(candidate.plan)
+        self._compile_s[key] = max(before_s, after_s - before_s, self._compile_s.get(key, 0.0)) or candidate.first_s
 
     def _limit_of(self, plan: Plan, until_s: float | None) -> float:
         """Return the seconds that one pass of a plan may take; to compile, at most what is left."""
@@ -275,8 +277,7 @@ class MeasuredEvaluator:
     def _time(
         self,
         candidates: Sequence[_Candidate],
-        rounds: int,
-        warmup: int,
+        counts: Mapping[str, int],
         enough: Enough | None,
         until_s: float | None,
     ) -> dict[str, list[float]]:
@@ -330,8 +331,7 @@ class MeasuredEvaluator:
 
         samples = interleave(
             runs,
-            repeats=rounds,
-            warmup=warmup,
+            **counts,
             deadline_s=limits,
             progress=progress,
             before=before,
@@ -410,8 +410,3 @@ class MeasuredEvaluator:
             samples_ms=tuple(samples),
             timeline=candidate.timeline,
         )
-
-
-def _compiled_s(executor: Executor) -> float | None:
-    count: Callable[[], float] | None = getattr(executor, "compile_s", None)
-    return None if count is None else count()
