@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,14 @@ from autoplace.runtime import build_executor
 from autoplace.tracked import tracked_tune
 from autoplace.workload import Workload
 
-__all__ = ["tune"]
+__all__ = ["Precision", "tune"]
+
+
+class Precision(StrEnum):
+    """Values of `--precision`; see `TuneConfig.precision`."""
+
+    float32 = "float32"
+    auto = "auto"
 
 
 def tune(
@@ -48,7 +56,20 @@ def tune(
     ] = "default",
     budget: Annotated[float, typer.Option("--budget", help="Seconds for the real runs that decide.")] = 60.0,
     plans: Annotated[int, typer.Option("--plans", help="How many of the best predicted plans to measure.")] = 5,
-    compile: Annotated[bool, typer.Option("--compile", help="Let plain torch.compile compete too.")] = False,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Whether torch.compile competes. Default: where it fits the budget and can pay back.",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="auto lets plans compute in bfloat16 where that is faster.")
+    ] = Precision.float32,
+    run_seconds: Annotated[
+        float, typer.Option("--run-seconds", help="How long the model will run: compiling must pay back within it.")
+    ] = 600.0,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse measured costs of earlier runs.")] = True,
     seed: Annotated[int, typer.Option("--seed", help="Seed of all searches.")] = 0,
     tracking_uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store.")] = None,
@@ -64,7 +85,9 @@ def tune(
         budget_s=budget,
         policy=None if policy == "none" else policy,
         measured_plans=plans,
-        compile=compile,
+        compile="auto" if compile is None else compile,
+        precision=precision.value,
+        run_s=run_seconds,
         use_cache=cache,
         seed=seed,
     )

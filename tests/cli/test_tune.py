@@ -7,6 +7,7 @@ import json
 import pytest
 
 from autoplace.cli.app import run
+from autoplace.errors import InputError
 from autoplace.plan import Plan
 
 FACTORY = """
@@ -52,6 +53,7 @@ def test_a_tuning_ends_with_plan_report_results_and_the_way_to_the_ui(factory, t
         (["{factory}:misfit"], "cannot run on these inputs"),
         (["{factory}:build", "--energy-aware", "--energy-weight", "0.3"], "give one of them"),
         (["{factory}:build", "--policy", "nobody"], "'nobody'"),
+        (["{factory}:build", "--run-seconds", "0"], "more than 0"),
         (["{factory}:build", "--cluster", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["{factory}:build", "-o", "{factory}"], "name another one"),
     ],
@@ -62,3 +64,29 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(factory, tmp_path, ca
     error = capsys.readouterr().err
     assert words in error and error.startswith("autoplace: ") and error.count("\n") == 1
     assert not list(tmp_path.glob("**/plan.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("auto", "float32", 600.0)),
+        (["--compile", "--precision", "auto", "--run-seconds", "90"], (True, "auto", 90.0)),
+        (["--no-compile", "--precision", "float32"], (False, "float32", 600.0)),
+    ],
+)
+def test_the_knobs_reach_the_tuner(factory, tmp_path, monkeypatch, arguments, expected):
+    asked = []
+
+    def tuned(_workload, config, **_):
+        asked.append((config.compile, config.precision, config.run_s))
+        raise InputError("far enough")
+
+    monkeypatch.setattr("autoplace.cli.tune.tracked_tune", tuned)
+    assert _exit_code("tune", f"{factory}:build", "-o", tmp_path / "out", *arguments) == 2
+    assert asked == [expected]
+
+
+def test_a_precision_that_is_none_is_refused(factory, tmp_path, capsys):
+    assert _exit_code("tune", f"{factory}:build", "-o", tmp_path / "out", "--precision", "float8") == 2
+    error = capsys.readouterr().err
+    assert "float8" in error and "auto" in error
