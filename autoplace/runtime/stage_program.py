@@ -25,13 +25,13 @@ from autoplace.graph.export_flat import export_flat, modules_to_trace
 from autoplace.graph.module_tree import prefixes
 from autoplace.graph.split import Split, split
 
+from .fitness import HOOKS, records_outputs
 from .tree import Tree
 
 __all__ = ["ProgramCache", "StageProgram"]
 
 MAX_PROGRAMS = 8
 """Programs that a cache makes before it refuses more: each takes seconds."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SIMPLE = (bool, int, float, str, type(None))
 _NUMBERS = (torch.SymBool, torch.SymFloat, torch.SymInt)
 
@@ -137,7 +137,7 @@ class ProgramCache:
                     )
                 self._own.setdefault(self._canonical[path], {})[int(number)] = device
         modules = list(model.modules())
-        self._hooks = [getattr(module, name) for module in modules for name in _HOOKS if hasattr(module, name)]
+        self._hooks = [getattr(module, name) for module in modules for name in HOOKS if hasattr(module, name)]
         self._settings = _Settings(modules)
         self._programs: dict[Any, list[StageProgram]] = {}
         self._refused: dict[Any, str] = {}
@@ -155,7 +155,7 @@ class ProgramCache:
         Raises:
             ExecutionError: If the model has hooks, cannot be exported or split, or wants too many programs.
         """
-        if any(self._hooks):
+        if any(not records_outputs(hook) for hooks in self._hooks if hooks for hook in hooks.values()):
             raise ExecutionError(
                 "the model has hooks, which an exported graph does not call; use another engine than graph"
             )

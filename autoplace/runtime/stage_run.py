@@ -165,12 +165,12 @@ class PartRun:
     def _keep(self, name: str, value: Any, place: Place, piece: _Piece) -> None:
         if self._readers.get(name):
             self._values[name] = value
-            if _has_graph(value):
+            if self.graph and _has_graph(value):
                 piece.edges.append((name, False, get_gradient_edge(value)))
         if name in self.wanted:
             result = place.restore(value.to(self.home)) if isinstance(value, torch.Tensor) else value
             self.results[name] = result
-            if _has_graph(result):
+            if self.graph and _has_graph(result):
                 piece.edges.append((name, True, get_gradient_edge(result)))
 
     def _release(self, name: str) -> None:

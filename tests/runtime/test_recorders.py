@@ -67,3 +67,31 @@ def test_the_users_hooks_are_not(bert, make_plan):
     with silenced_hooks(bert) as silenced:
         assert silenced and len(hooks_of(bert)) == before - 1
     assert len(hooks_of(bert)) == before
+
+
+def test_an_exported_graph_holds_what_they_record(bert, cluster, make_plan):
+    wanted = {"input_ids": torch.arange(20).reshape(4, 5), "output_hidden_states": True}
+    expected = bert(**wanted)
+    halves = {"embeddings": A, "encoder.layer.0": A, "encoder.layer.1": B, "pooler": B}
+    with build_executor(bert, make_plan(halves, microbatches=2, engine="graph"), cluster) as executor:
+        output = executor(**wanted)
+    assert len(output.hidden_states) == 3
+    torch.testing.assert_close(output.to_tuple(), expected.to_tuple())
+
+
+def test_a_parameter_that_goes_from_stage_to_stage_without_gradients(cluster, make_plan):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(64, 64), torch.nn.Identity()
+            self.third = torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.third(self.first(x)) @ self.second(self.first.weight)
+
+    model, x = Tied(), torch.randn(64, 64)
+    plan = make_plan({"first": A, "second": A, "third": B}, engine="graph")
+    with build_executor(model, plan, cluster) as executor:
+        with torch.no_grad():
+            torch.testing.assert_close(executor(x), model(x))
+        torch.testing.assert_close(executor(x), model(x))
