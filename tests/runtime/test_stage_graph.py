@@ -249,7 +249,7 @@ def test_outputs_of_any_type_and_inputs_that_pass_through(cluster, graph_plan):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 4)
 
         def forward(self, x, flag="no", extra=None):
             y = self.b(self.a(x))
