@@ -39,6 +39,8 @@ _MOST_WARM = 1024
 """Signatures that are remembered as having run."""
 _RECOMPILES = 64
 """Times that one signature may be compiled again: other strides, flags, or grad and autocast modes."""
+_MOST_TRUSTED = 6
+"""Times after which every call is made under `_settings`: at eight, PyTorch's own limit would silently go to eager."""
 _FX_TRACE = "Detected that you are using FX to symbolically trace"
 """How TorchDynamo refuses a call while another thread traces a graph; nothing of the call has run by then."""
 
@@ -174,12 +176,12 @@ class _Code:
         self._static: dict[Any, Callable[..., Any]] = {}
         self._dynamic: Callable[..., Any] | None = None
         self._warm: dict[Any, Callable[..., Any]] = {}
-        self._compiled = False
+        self._compiles: dict[Callable[..., Any], int] = {}
 
     def call(
         self, compiler: Compiler, target: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
     ) -> Any:
-        """Run one call; the first with a signature in a mode runs alone and compiles."""
+        """Run one call; with a signature in a mode, calls run alone until one compiled nothing."""
         training = getattr(target[-1], "training", None)
         key = (torch.is_grad_enabled(), training, _signature(args), _signature(kwargs.values()), *kwargs)
         function = self._warm.get(key)
@@ -195,8 +197,15 @@ class _Code:
             raise
         if _local.compiles != before:  # a guard failed; the next such call is made under `_settings` again
             self._warm.pop(key, None)
-            compiler.add(time.perf_counter() - start)
+            self._count(function, compiler, time.perf_counter() - start)
         return result
+
+    def _count(self, function: Callable[..., Any], compiler: Compiler, seconds: float) -> None:
+        compiler.add(seconds)
+        self._compiles[function] = self._compiles.get(function, 0) + 1
+        if self._compiles[function] >= _MOST_TRUSTED:
+            for key in [key for key, other in list(self._warm.items()) if other is function]:
+                self._warm.pop(key, None)
 
     def _first(
         self,
@@ -218,12 +227,12 @@ class _Code:
                 _raise_clearly(error, self._name)
                 raise
             if _local.compiles != before:
-                self._compiled = True
-                compiler.add(time.perf_counter() - start)
-            if len(self._warm) >= _MOST_WARM:
-                self._warm.clear()
-            self._warm[key] = function
-        if whole and not self._compiled:
+                self._count(function, compiler, time.perf_counter() - start)
+            elif self._compiles.get(function, 0) < _MOST_TRUSTED:
+                if len(self._warm) >= _MOST_WARM:
+                    self._warm.clear()
+                self._warm[key] = function
+        if whole and not self._compiles:
             raise ExecutionError(
                 f"torch.compile found nothing in {self._name} that it can compile; use a plan that is not compiled"
             )

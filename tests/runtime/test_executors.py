@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
 from autoplace.errors import ExecutionError
@@ -520,3 +521,79 @@ def test_a_part_that_fails_gives_its_turn_up(cluster, make_plan):
         with pytest.raises(ValueError, match="no zeros"):
             executor(torch.tensor([[0.0], [1.0], [2.0]]))
         assert executor(torch.ones(3, 1)).shape == (3, 1)
+
+
+@pytest.mark.parametrize("replicas", [(A,), (A, B), ({"0": A, "1": B},)])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_modes_of_the_caller_hold_in_the_workers(cluster, make_plan, replicas, microbatches):
+    class Modes(nn.Linear):
+        def forward(self, x):
+            seen.append(
+                (
+                    torch.is_grad_enabled(),
+                    torch.is_inference_mode_enabled(),
+                    torch.is_autocast_enabled("cpu"),
+                    torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+                )
+            )
+            return super().forward(x)
+
+    seen = []
+    net = nn.Sequential(Modes(4, 4), Modes(4, 4))
+    with build_executor(net, make_plan(*replicas, microbatches=microbatches), cluster) as executor:
+        for context, modes, dtype in [
+            (torch.no_grad(), (False, False, False, None), torch.float32),
+            (torch.inference_mode(), (False, True, False, None), torch.float32),
+            (torch.autocast("cpu", dtype=torch.bfloat16), (True, False, True, torch.bfloat16), torch.bfloat16),
+            (torch.autocast("cpu", dtype=torch.float16), (True, False, True, torch.float16), torch.float16),
+        ]:
+            seen.clear()
+            with context:
+                y = executor(torch.ones(4, 4))
+            assert set(seen) == {modes}
+            assert y.dtype == dtype and y.requires_grad == modes[0] and y.is_inference() == modes[1]
+            if y.requires_grad:
+                y.float().sum().backward()
+
+
+class Checkpointed(nn.Module):
+    """A layer whose activations are computed again in the backward."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.reentrant = reentrant
+        self.calls = 0
+
+    def inner(self, x):
+        self.calls += 1
+        return torch.tanh(self.lin(x))
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+CHECKPOINTED = [((A,), 1), ((A,), 2), ((A, B), 1), (({"0": A, "1": B},), 1), (({"0": A, "1": B},), 2)]
+
+
+@pytest.mark.parametrize(("replicas", "microbatches"), CHECKPOINTED)
+def test_checkpointed_layers_give_plain_gradients(make_plan, compare, replicas, microbatches):
+    net = nn.Sequential(Checkpointed(False), Checkpointed(False))
+    compare(net, make_plan(*replicas, microbatches=microbatches), [torch.randn(6, 4)])
+    assert all(module.calls >= 4 for module in net), "two forwards with gradients, each computed again"
+
+
+@pytest.mark.parametrize(("replicas", "microbatches"), CHECKPOINTED)
+def test_reentrant_checkpoints_are_plain_inline_and_refused_by_workers(
+    cluster, make_plan, compare, replicas, microbatches
+):
+    net = nn.Sequential(Checkpointed(True), Checkpointed(True))
+    plan = make_plan(*replicas, microbatches=microbatches)
+    if plan.shape == "single" and microbatches == 1:
+        compare(net, plan, [torch.randn(6, 4)])
+        return
+    with build_executor(net, plan, cluster) as executor:
+        loss = executor(torch.randn(6, 4, requires_grad=True)).sum()
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            loss.backward()
+        assert all(p.grad is None for p in net.parameters())
