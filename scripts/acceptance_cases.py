@@ -33,6 +33,7 @@ from autoplace.measure.preserve import no_dropout, preserved
 from autoplace.plan import Plan, Replica
 from autoplace.runtime import build_executor
 from autoplace.runtime.batch import CAT, MEAN, join_kinds
+from autoplace.runtime.fitness import unfit
 from autoplace.runtime.tree import Tree
 from autoplace.workload import Workload, default_loss
 
@@ -46,6 +47,7 @@ BATCH = 4
 TOLERANCES = CheckConfig()
 _DEVICES = ("host0/cpu:0", "host0/cpu:1")
 _MOST_GROUPS = 32
+_HANDS_OFF: dict[str, Any] = {"track": False, "replan": False, "cache": False, "progress": False}
 _CALLS = 2
 """The first call checks and installs the plan, the second only runs it."""
 
@@ -79,12 +81,13 @@ def halves(graph: OpGraph) -> dict[str, str]:
     return assignment
 
 
-def forced_plan(executor: str, groups: OpGraph) -> Plan:
+def forced_plan(executor: str, groups: OpGraph, microbatches: int = 2) -> Plan:
     """Return the plan that forces an executor.
 
     Args:
         executor: One of `EXECUTORS`.
         groups: The model's op groups; stages are made of them.
+        microbatches: Parts of the batch that stages work on.
     """
     whole = [Replica(assignment={".": device}, share=0.5) for device in _DEVICES]
     if executor == "single":
@@ -94,7 +97,7 @@ def forced_plan(executor: str, groups: OpGraph) -> Plan:
         return Plan(replicas=tuple(whole), strategy="forced", engine=engine)
     engine = "graph" if executor == "graph" else "threads"
     staged = Replica(assignment=halves(groups))
-    return Plan(replicas=(staged,), strategy="forced", microbatches=2, engine=engine)
+    return Plan(replicas=(staged,), strategy="forced", microbatches=microbatches, engine=engine)
 
 
 class _Case:
@@ -244,11 +247,8 @@ def _told() -> Iterator[list[str]]:
             said += [str(w.message) for w in caught if str(w.message).startswith("autoplace")]
 
 
-def _refusal(case: _Case, plan: Plan, groups: OpGraph) -> tuple[str, str]:
+def _refusal(case: _Case, plan: Plan) -> tuple[str, str]:
     """Ask the bare executor: why it must refuse the plan, and what is wrong with it; both empty when it is right."""
-    staged = any(len(replica.devices) > 1 for replica in plan.replicas)
-    if plan.shape != "replicas" and not staged and len(groups.names) > 1 and plan.microbatches > 1:
-        return "the model's parts cannot be cut into two halves of its cost", ""
     try:
         executor = build_executor(case.model, plan, case.cluster)
     except ExecutionError as error:
@@ -268,14 +268,6 @@ def _refusal(case: _Case, plan: Plan, groups: OpGraph) -> tuple[str, str]:
     return (mixes, "") if mixes else ("", report.reason)
 
 
-def _unfit(case: _Case, plan: Plan) -> str:
-    try:
-        from autoplace.runtime.fitness import unfit
-    except ImportError:
-        return ""
-    return str(unfit(case.model, plan, training=case.training))
-
-
 def _wrapped(case: _Case, wrapper: OptimizedParallel) -> dict[str, Any]:
     """Call the wrapper and compare; returns the cell of the table without its status."""
     cell: dict[str, Any] = {"why": ""}
@@ -292,27 +284,37 @@ def _wrapped(case: _Case, wrapper: OptimizedParallel) -> dict[str, Any]:
 
 
 def _forced(case: _Case, executor: str, groups: OpGraph) -> dict[str, Any]:
-    plan = forced_plan(executor, groups)
-    refused = _unfit(case, plan)
-    wrong = ""
+    """Fill a cell; stages that must not see parts of a batch are tried on the whole batch then."""
+    if executor in ("stages", "graph") and len(set(halves(groups).values())) < 2:
+        return {"status": "refused", "reason": "the model's groups do not divide into two halves"}
+    cell = _under(case, forced_plan(executor, groups))
+    if cell["status"] == "refused" and executor in ("stages", "graph"):
+        whole = _under(case, forced_plan(executor, groups, microbatches=1))
+        return {**whole, "parts_refused": cell["reason"]} if whole["status"] != "refused" else cell
+    return cell
+
+
+def _under(case: _Case, plan: Plan) -> dict[str, Any]:
+    """Return the cell of a plan."""
+    refused, wrong = unfit(case.model, plan, training=case.training), ""
     if not refused:
-        refused, wrong = _refusal(case, plan, groups)
-    wrapper = OptimizedParallel(case.model, plan=plan, cluster=case.cluster, track=False, replan=False)
+        refused, wrong = _refusal(case, plan)
+    wrapper = OptimizedParallel(case.model, plan=plan, cluster=case.cluster, **_HANDS_OFF)
     try:
         with _told() as said:
             cell = _wrapped(case, wrapper)
         ran = wrapper.plan is not None and not wrapper.plan.is_plain and not said
     finally:
         wrapper.close()
-    cell["told"] = said
     wrong = wrong or cell.pop("why")
     if not wrong and not refused and not ran:
         wrong = f"the wrapper fell back without need: {'; '.join(said)}"
+    cell |= {"told": said, "microbatches": plan.microbatches, "engine": plan.engine}
     return {**cell, "status": "FAIL" if wrong else "refused" if refused else "ok", "reason": wrong or refused}
 
 
 def _free(case: _Case, budget_s: float) -> dict[str, Any]:
-    wrapper = OptimizedParallel(case.model, cluster=case.cluster, budget_s=budget_s, track=False, replan=False)
+    wrapper = OptimizedParallel(case.model, cluster=case.cluster, budget_s=budget_s, compile=False, **_HANDS_OFF)
     try:
         with _told() as said:
             cell = _wrapped(case, wrapper)

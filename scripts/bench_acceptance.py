@@ -34,7 +34,6 @@ MODES = ("eval", "training")
 WANTED_EXPORTS = 40
 _MARK = "row: "
 """What a row of a worker's output starts with; other lines are the libraries' own."""
-_SHORT = {"ok": "ok", "refused": "refused", "FAIL": "FAIL", "skipped": "-"}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -145,12 +144,19 @@ def run_all(left: Iterable[tuple[str, list[str]]], options: argparse.Namespace) 
 def line_of(row: dict[str, Any]) -> str:
     """Return one row of the table, with the reasons of failures below it."""
     cells = row["cells"]
-    texts = [f"{_SHORT[cells[e]['status']] if e in cells else '-':<8}" for e in (*EXECUTORS, FREE)]
+    texts = [f"{_short(cells.get(e)):<8}" for e in (*EXECUTORS, FREE)]
     choice = cells.get(FREE, {}).get("plan", "")
     head = f"{row['name']:<24}{row['family']:<16}{row['mode']:<9}{row.get('rung', '?'):<9}{''.join(texts)} {choice}"
     notes = [f"error: {row['error']}"] if "error" in row else []
     notes += [f"{e}: {cell['reason']}" for e, cell in cells.items() if cell["status"] == "FAIL"]
     return "\n    ".join([head, *notes])
+
+
+def _short(cell: dict[str, Any] | None) -> str:
+    """Return a cell's word; `ok/1` are stages that ran on the whole batch alone."""
+    if cell is None:
+        return "-"
+    return "ok/1" if "parts_refused" in cell and cell["status"] == "ok" else str(cell["status"])
 
 
 def reasons(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
@@ -161,8 +167,9 @@ def reasons(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
         if row.get("rung_reason"):
             found.setdefault(f"{row['rung']}: {row['rung_reason']}", []).append(where)
         for executor, cell in row["cells"].items():
-            if cell["status"] == "refused":
-                found.setdefault(f"refused: {cell['reason']}", []).append(f"{where} {executor}")
+            for reason in (cell["reason"] if cell["status"] == "refused" else "", cell.get("parts_refused")):
+                if reason:
+                    found.setdefault(f"refused: {reason}", []).append(f"{where} {executor}")
     return found
 
 
