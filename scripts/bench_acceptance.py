@@ -60,12 +60,13 @@ def executors_of(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def read_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return (architecture, mode) to row; the last one counts, and lines cut short are left out."""
-    rows = {}
+    """Return (architecture, mode) to row; of each cell the last one counts, and lines cut short are left out."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            rows[row["name"], row["mode"]] = row
+            before = rows.get((row["name"], row["mode"]), {})
+            rows[row["name"], row["mode"]] = {**row, "cells": {**before.get("cells", {}), **row["cells"]}}
         except (ValueError, KeyError):
             continue
     return rows
@@ -77,7 +78,7 @@ def missing(rows: dict[tuple[str, str], dict[str, Any]], options: argparse.Names
     for name in names(options.only):
         wanted = set(executors_of(name, options))
         done = {m: rows.get((name, m), {}).get("cells", {}) for m in options.modes}
-        modes = [m for m, cells in done.items() if not wanted <= cells.keys() or _failed(cells.values())]
+        modes = [m for m, cells in done.items() if not wanted <= cells.keys() or _failed(cells[e] for e in wanted)]
         left += [(name, modes)] if modes else []
     return left
 

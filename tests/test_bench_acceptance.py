@@ -140,8 +140,14 @@ def test_rows_are_kept_and_only_what_is_missing_or_failed_runs_again(bench, tmp_
     options.rows.write_text("\n".join(lines), encoding="utf-8")
     rows = bench.read_rows(options.rows)
     assert bench.missing(rows, options) == [("bert", ["training"]), ("vit", ["eval", "training"])]
-    rows["bert", "training"]["cells"]["single"]["status"] = "refused"
+    again = {
+        **failed,
+        "cells": {"single": {"status": "refused", "reason": "so"}, "free": {"status": "ok", "reason": ""}},
+    }
+    options.rows.write_text("\n".join([*lines, json.dumps(again)]), encoding="utf-8")
+    rows = bench.read_rows(options.rows)
     assert bench.missing(rows, options) == [("vit", ["eval", "training"])]
+    assert rows["bert", "training"]["cells"].keys() == {"single", "free"}
 
 
 def test_the_table_counts_and_names_what_is_wrong(bench, capsys):
