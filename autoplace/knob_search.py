@@ -4,7 +4,7 @@ Optuna's multivariate TPE (Falkner et al. 2018, as in `optuna.samplers.TPESample
 together, after the natural points of `KnobSpace.moves`. A trial reports the running median gain after every pair of
 runs; its pruner (→ `_cannot_win`) ends it when, after two pairs or more,
 
-- even its best pair is below the median of the best plan so far, or
+- even its best pair is below the bar: the gain that is safely reached already, or
 - its best pair is below 0.9 of plain PyTorch.
 
 1. A plan that has run is not run again: its trial is told the gain that is known.
@@ -59,6 +59,7 @@ def search_knobs(
     trials: int,
     seed: int,
     known: Mapping[str, float],
+    bar: Callable[[], float] | None = None,
     refuse: Callable[[Plan], str] = lambda _plan: "",
     spent: Callable[[], bool] = lambda: False,
 ) -> int:
@@ -70,6 +71,7 @@ def search_knobs(
         trials: Real runs, at most.
         seed: Of the sampler.
         known: `plan_key` to gain of plans that have run already.
+        bar: Says which gain a plan must be able to reach to win; None = the best gain so far.
         refuse: Says why a plan is not to be run, or nothing.
         spent: Says whether the time is up.
 
@@ -77,15 +79,23 @@ def search_knobs(
         The number of real runs.
     """
     with _quiet():
-        return _Search(space, measure, seed, known).run(trials, refuse, spent)
+        return _Search(space, measure, seed, known, bar).run(trials, refuse, spent)
 
 
 class _Search:
-    def __init__(self, space: KnobSpace, measure: Measure, seed: int, known: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        space: KnobSpace,
+        measure: Measure,
+        seed: int,
+        known: Mapping[str, float],
+        bar: Callable[[], float] | None,
+    ) -> None:
         import optuna
 
         self._space, self._measure = space, measure
-        self._gains = dict(known)
+        gains = self._gains = dict(known)
+        self._bar = bar or (lambda: max(gains.values(), default=1.0))
         self._best_points: dict[str, tuple[float, Point]] = {}
         sampler = optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed, n_startup_trials=_STARTUP)
         self._study = optuna.create_study(direction="maximize", sampler=sampler, pruner=_pruner())
@@ -118,11 +128,8 @@ class _Search:
             yield self._space.start(base)
         for name, change in self._space.moves():
             _, best = self._best_points.get(name, (0.0, self._space.start(self._space.base(name))))
-            if "adopt" in change:
-                _, leader = max(self._best_points.values(), key=lambda pair: pair[0], default=(0.0, best))
-                yield self._space.adopted(best, leader)
-            else:
-                yield {**best, **change}
+            _, leader = max(self._best_points.values(), key=lambda pair: pair[0], default=(0.0, best))
+            yield self._space.moved(change, best, leader)
 
     def _note(self, point: Point, gain: float) -> None:
         name = str(point["base"])
@@ -132,14 +139,14 @@ class _Search:
     def _try(self, trial: Trial, point: Point, plan: Plan) -> None:
         from optuna.trial import TrialState
 
-        best = max(self._gains.values(), default=1.0)
+        bar = self._bar()
         stopped = False
 
         def report(gains: Sequence[float]) -> bool:
             nonlocal stopped
             if gains:
                 trial.set_user_attr("best_pair", max(gains))
-                trial.set_user_attr("present_best", best)
+                trial.set_user_attr("bar", bar)
                 trial.report(median(gains), len(gains))
                 stopped = trial.should_prune()
             return stopped
@@ -153,8 +160,8 @@ class _Search:
         self._study.tell(trial, gain or 0.0)
 
 
-def _cannot_win(pairs: int, best_pair: float, present_best: float) -> bool:
-    return pairs >= _LEAST_PAIRS and (best_pair < present_best or best_pair < _FAR_BELOW_PLAIN)
+def _cannot_win(pairs: int, best_pair: float, bar: float) -> bool:
+    return pairs >= _LEAST_PAIRS and (best_pair < bar or best_pair < _FAR_BELOW_PLAIN)
 
 
 def _pruner() -> Any:
@@ -165,7 +172,7 @@ def _pruner() -> Any:
 
         def prune(self, study: Study, trial: optuna.trial.FrozenTrial) -> bool:
             attrs = trial.user_attrs
-            return _cannot_win(trial.last_step or 0, attrs["best_pair"], attrs["present_best"])
+            return _cannot_win(trial.last_step or 0, attrs["best_pair"], attrs["bar"])
 
     return CannotWin()
 

@@ -30,6 +30,7 @@ __all__ = ["Base", "KnobSpace", "Point", "has_images", "in_line_threads", "knob_
 Point = Mapping[str, Any]
 """Knob name to value; `base` names the base."""
 
+ALONE, ADOPT = "alone", "adopt"
 _MOST_TUNED_SHARES = 4
 """Replicas of a plan whose shares are tuned; each has one more knob."""
 _FEW_CORES = 8
@@ -136,27 +137,39 @@ class KnobSpace:
     def moves(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the natural changes, (base name, knobs), in the order in which they are worth a try.
 
-        Each is made to the best point of its base so far. What costs least to try comes first: layout and precision of
-        the whole model, then compiling it, then plans over several devices; those adopt what helped the whole model.
+        Each is made to the best point of its base so far; `ALONE` to the base as the planner left it; `ADOPT` takes the
+        shared knobs of the best point of all. What costs least to try comes first: layout and precision of the whole
+        model, then compiling it, then plans over several devices; those adopt what helped the whole model.
         """
         whole = [b for b in self.bases if b.plan.shape in ("plain", "single")]
         spread = [b for b in self.bases if b.plan.shape not in ("plain", "single")]
         for name, values in self.shared_knobs().items():
+            if name == "compiled":
+                yield from ((base.name, {ALONE: True, name: True}) for base in whole if base.plan.is_plain)
             for base in whole:
                 yield from ((base.name, {name: value}) for value in values[1:])
         for base in whole:
             yield from self._own_moves(base)
         for base in spread:
-            yield base.name, {"adopt": True}
+            yield base.name, {ADOPT: True}
             yield from self._own_moves(base)
 
     def _own_moves(self, base: Base) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, values in base.own_knobs().items():
             yield from ((base.name, {name: value}) for value in values[1:])
 
-    def adopted(self, point: Point, best: Point) -> dict[str, Any]:
-        """Return a point with the shared knobs of another."""
-        return {**point, **{name: best[name] for name in self.shared_knobs() if name in best}}
+    def moved(self, change: Mapping[str, Any], best: Point, leader: Point) -> dict[str, Any]:
+        """Return where a move of `moves` leads.
+
+        Args:
+            change: The knobs.
+            best: Best point so far of its base.
+            leader: Best point so far of all.
+        """
+        point = self.start(self.base(str(best["base"]))) if ALONE in change else dict(best)
+        if ADOPT in change:
+            point |= {name: leader[name] for name in self.shared_knobs() if name in leader}
+        return point | {name: value for name, value in change.items() if name not in (ALONE, ADOPT)}
 
 
 def in_line_threads(cores: int) -> tuple[int, ...]:

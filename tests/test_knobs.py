@@ -96,9 +96,10 @@ def test_what_is_not_allowed_is_no_knob():
 
 def test_cheap_moves_come_first():
     moves = list(space(compiled=True, channels_last=True).moves())
-    names = [next(iter(change)) for _, change in moves]
+    names = [list(change)[-1] for _, change in moves]
     assert names.index("channels_last") < names.index("compiled") < names.index("adopt")
     assert {name for name, _ in moves[: names.index("adopt")]} == {"plain", "single"}
+    assert moves[names.index("compiled")] == ("plain", {"alone": True, "compiled": True})
 
 
 def test_in_line_threads():
@@ -142,6 +143,13 @@ def test_multi_device_plans_adopt_what_helped_the_whole_model():
     assert spread[0].channels_last and spread[0].engine == "threads"
 
 
+def test_plain_pytorch_is_compiled_before_anything_else_is():
+    machine = search(space(compiled=True, channels_last=True), lambda plan: 1.2 if plan.channels_last else 1.0)
+    compiled = [p for p in machine.plans if p.compiled]
+    assert compiled[0] == Plan.plain().with_(compiled=True)
+    assert compiled[1] == Plan.plain().with_(compiled=True, channels_last=True), "a move from the best point so far"
+
+
 def test_runs_that_cannot_win_end_after_two_pairs():
     machine = search(space(channels_last=True), lambda plan: 1.5 if plan.channels_last else 0.95, trials=8)
     first = next(i for i, plan in enumerate(machine.plans) if plan.channels_last)
@@ -150,6 +158,8 @@ def test_runs_that_cannot_win_end_after_two_pairs():
     assert lost and set(lost) == {2}
     far = search(space(), lambda plan: 0.85, trials=4, known={"nothing": 0.5})
     assert set(far.seen) == {2}, "far below plain PyTorch, though better than what is known"
+    lenient = search(space(), lambda plan: 0.95, trials=4, bar=lambda: 0.94)
+    assert set(lenient.seen) == {5}, "what is safely reached is less than the best gain"
     near = search(space(), lambda plan: 0.95, trials=1, known={"nothing": 0.5})
     assert near.seen == [5]
 
