@@ -140,6 +140,8 @@ def load_plan(key: str) -> CachedPlan | None:
             raise PlanFileError('its "facts" are no object')
         plan = Plan.from_json(data.get("plan"), where="its plan")
     except PlanFileError as error:
+        if not path.exists():  # another process has removed it meanwhile
+            return None
         _log.warning("autoplace ignores the cached plan %s, and tunes again: %s", path, error)
         return None
     with contextlib.suppress(OSError):

@@ -174,7 +174,9 @@ def test_a_real_tuning_leaves_the_model_and_the_users_random_numbers_alone(workl
     """The user trains and draws meanwhile: his buffers move by his passes alone, and no random number comes twice."""
     before, random_before = _state(workload.model), torch.get_rng_state()
     threads = torch.get_num_threads()
-    config = TuneConfig(budget_s=1.0, policy=None, measured_plans=2, evaluations=50, use_cache=False)
+    config = TuneConfig(
+        budget_s=1.0, policy=None, measured_plans=2, evaluations=50, use_cache=False, compile=False, knob_trials=2
+    )
     drawn, warned = [], 0
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -204,7 +206,7 @@ from autoplace.hardware.cluster import Cluster
 from autoplace.tuner import TuneConfig, tune
 from autoplace.workload import Workload
 model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(6)])
-config = TuneConfig(budget_s=30, policy=None, use_cache=False, evaluations=200)
+config = TuneConfig(budget_s=30, policy=None, use_cache=False, evaluations=200, compile=False)
 phases = []
 def work(workload):
     report = cancellable(lambda phase, *_: phases.append(phase))
