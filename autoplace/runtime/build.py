@@ -46,10 +46,7 @@ def build_executor(model: torch.nn.Module, plan: Plan, cluster: Cluster) -> Exec
 
 def _other_engine(plan: Plan) -> type[Executor]:
     module, name = _ENGINES[plan.engine]
-    try:
-        executor: type[Executor] = getattr(import_module(f"{__package__}.{module}"), name)
-    except ModuleNotFoundError:
-        raise ExecutionError(f"the engine {plan.engine!r} is not installed; use the engine 'threads'") from None
+    executor: type[Executor] = getattr(import_module(f"{__package__}.{module}"), name)
     if plan.shape not in executor.shapes:
         raise ExecutionError(
             f"the engine {plan.engine!r} runs plans of shape {', '.join(executor.shapes)}, not {plan.shape!r}; "

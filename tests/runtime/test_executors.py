@@ -248,6 +248,15 @@ def test_plans_that_cannot_be_built(cluster, make_plan):
         Replicas(mlp(), make_plan(A), cluster)
 
 
+def test_engines(cluster, make_plan):
+    stages = {"0": A, "2": B}
+    with build_executor(mlp(), make_plan(stages, engine="graph"), cluster) as executor:
+        assert type(executor).__name__ == "StageGraph"
+    for plan in (make_plan(stages, engine="processes"), make_plan(A, B, engine="graph")):
+        with pytest.raises(ExecutionError, match="use the engine 'threads'"):
+            build_executor(mlp(), plan, cluster)
+
+
 def test_closing_gives_forward_back(cluster, make_plan):
     net = mlp()
     executor = build_executor(net, make_plan({"0": A, "1": A, "2": B}), cluster)
