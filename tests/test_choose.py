@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from autoplace.choose import MOST_FINALISTS, choose, compare, finalists, noise_of
+from autoplace.choose import MOST_FINALISTS, choose, compare, finalists, judged, noise_of, paid_back, pair_gains
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan, Replica
 from autoplace.problem import Objective
@@ -103,3 +105,74 @@ def test_only_what_gains_goes_into_the_deciding_run_and_only_that_is_kept():
     assert judged["x7.0"].kept
     assert "left out" in judged["x6.0"].verdict and "worse" in judged["x11.0"].verdict
     assert judged["x8.0"].verdict == "slower than x7.0"
+
+
+def _compiled(gain: float) -> Candidate:
+    plan = Plan.plain().with_(compiled=True)
+    return Candidate(
+        label="plain torch.compile",
+        plan=plan,
+        measured=_outcome(10.0 / gain, 10.0 / gain, 10.0 / gain),
+        speedup=gain,
+        gain=gain,
+        gain_low=gain,
+    )
+
+
+@pytest.mark.parametrize(
+    ("compiled", "fast", "kept"),
+    [
+        (1.30, 1.50, "fast"),
+        (1.30, 1.32, "plain torch.compile"),
+        (1.30, 1.10, "plain torch.compile"),
+        (1.01, 1.03, "fast"),
+        (0.80, 1.01, "plain PyTorch"),
+    ],
+)
+def test_a_plan_has_to_beat_plain_compile_too(compiled, fast, kept):
+    plain = _outcome(10.0, 10.0, 10.0)
+    rows = [_plain(plain), _candidate("fast", _outcome(*[10.0 / fast] * 3), plain), _compiled(compiled)]
+    rows = choose(rows, FINAL | {"plain torch.compile"}, noise=0.02)
+    assert [r.label for r in rows if r.kept] == [kept]
+    assert all(r.verdict for r in rows)
+    if (compiled, fast) == (1.30, 1.32):
+        assert rows[1].verdict == "not better than plain torch.compile beyond the noise (±2.0%)"
+
+
+def test_compiling_has_to_pay_back():
+    assert paid_back(2.0, 0.0, 600.0) == 2.0 and paid_back(2.0, 5.0, float("inf")) == 2.0
+    assert paid_back(2.0, 100.0, 600.0) == pytest.approx(1.5)
+    assert paid_back(2.0, 300.0, 600.0) == pytest.approx(1.0), "what is gained goes into compiling"
+    plain, fast = _outcome(10.0, 10.0, 10.0), _outcome(8.0, 8.0, 8.0)
+    row = _candidate("fast", None, plain)
+    for run_s, kept in ((60.0, False), (600.0, True)):
+        found = judged(row, plain, fast, Objective(), compile_s=14.0, run_s=run_s)
+        assert found.speedup == pytest.approx(1.25) and found.compile_s == 14.0
+        assert found.gain == pytest.approx(run_s / (14.0 + run_s / 1.25))
+        final = choose([_plain(plain), found], FINAL, noise=0.02, run_s=run_s)[1]
+        assert final.kept is kept
+        if not kept:
+            assert final.verdict == "compiling took 14 s and would not pay back within 60 s"
+
+
+def test_gains_of_pairs():
+    plain, other = _outcome(10.0, 12.0, 9.0, energy_j=4.0), _outcome(5.0, 12.0, 18.0, energy_j=1.0)
+    assert pair_gains(plain, other, Objective()) == [2.0, 1.0, 0.5]
+    assert pair_gains(plain, other, Objective(energy_weight=1.0)) == [4.0, 4.0, 4.0]
+    assert pair_gains(plain, replace(other, energy_j=None, energy_source=None), Objective(energy_weight=0.5)) == []
+    assert pair_gains(plain, Outcome(source="measured", feasible=False), Objective()) == []
+    assert pair_gains(plain, other, Objective(), compile_s=1.0, run_s=2.0)[0] == pytest.approx(1.0)
+
+
+def test_plans_that_were_stopped_are_no_finalists():
+    plain = _outcome(10.0, 10.0)
+    stopped = replace(_candidate("fast", _outcome(8.0, 8.0), plain), stopped=True)
+    assert finalists([_plain(plain), stopped]) == []
+    rows = choose([_plain(plain), stopped], set(), noise=0.02)
+    assert rows[0].kept and rows[1].verdict == "stopped after 2 rounds: it could not win"
+
+
+def test_the_reason_why_a_plan_was_not_measured_is_its_verdict():
+    plain = _outcome(10.0, 10.0)
+    unfit = replace(_candidate("fast", None, plain), check="the model has hooks")
+    assert choose([_plain(plain), unfit], set(), noise=0.02)[1].verdict == "not measured: the model has hooks"

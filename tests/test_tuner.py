@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -13,12 +14,21 @@ from autoplace import Objective, Problem, TuneConfig, Workload, tune
 from autoplace.errors import InputError, PolicyError
 from autoplace.graph.opgraph import OpGraph
 from autoplace.hardware.cluster import Cluster, Device, Link
+from autoplace.measure.pool import plan_key
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
 from autoplace.proposals import merge, predict_again, propose, select, select_new
 from autoplace.result import Candidate
 
-QUICK = {"budget_s": 4.0, "evaluations": 64, "measured_plans": 3, "rounds": 5, "microbatches": (1, 2), "policy": None}
+QUICK = {
+    "budget_s": 4.0,
+    "evaluations": 64,
+    "measured_plans": 3,
+    "rounds": 5,
+    "microbatches": (1, 2),
+    "policy": None,
+    "compile": False,
+}
 
 
 @pytest.fixture
@@ -150,7 +160,114 @@ def test_energy_without_watts_is_an_error(workload, cluster):
         tune(workload, TuneConfig(**QUICK, objective=Objective(energy_weight=0.5)), cluster=bare)
 
 
-@pytest.mark.parametrize("change", [{"budget_s": 0}, {"max_groups": 1000}, {"rounds": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget_s": 0},
+        {"max_groups": 1000},
+        {"rounds": 1},
+        {"run_s": 0},
+        {"compile": "maybe"},
+        {"precision": "bfloat16"},
+        {"knob_trials": -1},
+    ],
+)
 def test_impossible_configurations(change):
     with pytest.raises(InputError):
         TuneConfig(**change)
+
+
+def _images(channels=8):
+    layers = []
+    for inner, outer in ((3, channels), (channels, channels)):
+        layers += [torch.nn.Conv2d(inner, outer, 3, padding=1), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers).eval(), (torch.randn(8, 3, 24, 24),)
+
+
+def test_knobs_are_searched_and_every_trial_is_recorded(cluster):
+    model, inputs = _images()
+    records = []
+    config = TuneConfig(**{**QUICK, "precision": "auto", "budget_s": 12.0})
+    result = tune(
+        Workload(model=model, args=inputs, name="images"),
+        config,
+        cluster=cluster,
+        record=lambda label, outcome: records.append((label, outcome.source)),
+    )
+    measured = [c for c in result.candidates if c.measured is not None]
+    assert any(c.plan.channels_last for c in measured), "images may be laid out channels last"
+    assert any(c.plan.precision == "bfloat16" for c in measured)
+    assert not any(c.plan.compiled for c in measured)
+    singles = [c for c in measured if c.plan.shape == "single" and not c.plan.channels_last]
+    assert {c.plan.threads.get(c.plan.devices[0], 1) for c in singles} == {1, 2}, "one thread, and all"
+    assert {(c.label, "measured") for c in measured} <= set(records)
+    keys = [plan_key(c.plan) for c in measured]
+    assert len(set(keys)) == len(keys), "no plan runs in two rows"
+    stopped = [c for c in measured if c.stopped]
+    assert all("(stopped early)" in c.label and not c.kept for c in stopped)
+    assert "forward" not in vars(model) and all("forward" not in vars(m) for m in model.modules())
+
+
+def test_full_precision_is_kept_unless_allowed(cluster):
+    model, inputs = _images()
+    result = tune(Workload(model=model, args=inputs), TuneConfig(**QUICK), cluster=cluster)
+    assert {c.plan.precision for c in result.candidates} == {"float32"}
+
+
+def test_no_search_when_it_may_not_run_anything(cluster, workload):
+    result = tune(workload, TuneConfig(**{**QUICK, "knob_trials": 0}), cluster=cluster)
+    assert not any(c.stopped for c in result.candidates)
+    assert all(c.plan.engine == "threads" and not c.plan.channels_last for c in result.candidates)
+
+
+def test_plans_that_do_not_keep_the_models_habits_are_left_out(cluster, workload):
+    workload.model[0].register_forward_hook(lambda *_: None)
+    result = tune(workload, TuneConfig(**QUICK), cluster=cluster)
+    replicas = [c for c in result.candidates if c.plan.shape == "replicas"]
+    assert replicas and all(c.measured is None and "hooks" in c.verdict for c in replicas)
+    assert any(c.measured is not None for c in result.candidates if c.plan.shape == "single")
+
+
+class Slow(torch.nn.Module):
+    """Takes its time."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.lin, self.seconds = torch.nn.Linear(8, 8), seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return self.lin(x)
+
+
+def test_a_budget_is_kept_roughly(cluster, workload):
+    slow = Workload(model=Slow(0.03).eval(), args=(torch.randn(16, 8),), name="slow")
+    for work in (workload, slow):
+        start = time.perf_counter()
+        result = tune(work, TuneConfig(**{**QUICK, "budget_s": 5.0, "compile": "auto"}), cluster=cluster)
+        assert result.seconds["measure"] < 2 * 5.0, time.perf_counter() - start
+        assert any("not compiled" in note for note in result.notes) or any(
+            c.plan.compiled for c in result.candidates if c.measured is not None
+        )
+
+
+def test_a_model_that_is_slow_for_the_budget_is_still_tuned(cluster):
+    slow = Workload(model=Slow(0.25).eval(), args=(torch.randn(16, 8),), name="slow")
+    result = tune(slow, TuneConfig(**{**QUICK, "budget_s": 1.0}), cluster=cluster)
+    assert result.baseline.measured.feasible and result.seconds["measure"] < 15.0
+
+
+def test_compiled_plans_compete_and_say_what_compiling_took(cluster, workload):
+    result = tune(workload, TuneConfig(**{**QUICK, "compile": True, "knob_trials": 3}), cluster=cluster)
+    compiled = next(c for c in result.candidates if c.plan == Plan.plain().with_(compiled=True))
+    assert compiled.measured is not None and compiled.measured.feasible, compiled.verdict
+    assert compiled.label.startswith("plain torch.compile") and compiled.compile_s > 0
+    assert compiled.gain < compiled.speedup, "compiling has to be paid back"
+    assert json.loads(json.dumps(result.to_json()))["candidates"][0]["compile_s"] == 0.0
+
+
+def test_a_machine_without_a_compiler_says_so_once(cluster, workload, monkeypatch):
+    monkeypatch.setattr("autoplace.knob_trials.compiler_refusal", lambda _model: "there is no compiler")
+    result = tune(workload, TuneConfig(**{**QUICK, "compile": True}), cluster=cluster)
+    assert [n for n in result.notes if "compile" in n] == ["Plans were not compiled: there is no compiler."]
+    assert not any(c.plan.compiled for c in result.candidates)

@@ -222,7 +222,7 @@ class MeasuredEvaluator:
 
     def _refusal(self, plan: Plan, until_s: float | None) -> str:
         """Return why a plan is not even built, or nothing."""
-        if until_s is not None and not plan.is_plain and time.perf_counter() > until_s:
+        if until_s is not None and not self._is_reference(plan) and time.perf_counter() > until_s:
             return "the budget was spent before its turn"
         reason = unfit(self.workload.model, plan, training=self.workload.training) if self._check else ""
         return reason or self._memory_reason(plan)
@@ -249,7 +249,7 @@ class MeasuredEvaluator:
 
     @staticmethod
     def _is_reference(plan: Plan) -> bool:
-        return plan.is_plain and not plan.compiled and plan.precision == "float32"
+        return plan == Plan.plain()
 
     def _forget_if_changed(self) -> None:
         """Forget plain PyTorch's results, and the verdicts, once a parameter has changed."""

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING
 from autoplace.errors import InputError
 from autoplace.files import write_bytes_atomically, write_text_atomically
 from autoplace.report._style import STYLE
-from autoplace.report.table import COLUMNS, candidate_rows, describe_plan, figure, is_reference, time_ms
+from autoplace.report.table import (
+    COLUMNS,
+    MOST_ROWS,
+    candidate_rows,
+    describe_plan,
+    figure,
+    is_reference,
+    left_out,
+    time_ms,
+)
 from autoplace.result import Candidate, TuneResult
 
 if TYPE_CHECKING:
@@ -168,7 +177,7 @@ def _change(before: float | None, after: float | None) -> str:
 def _candidates(result: TuneResult) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
     body = []
-    for row in candidate_rows(result):
+    for row in candidate_rows(result, MOST_ROWS):
         mark = " class='kept'" if row.kept else ""
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row.cells)
         body.append(f"<tr{mark}>{cells}</tr>")
@@ -178,7 +187,7 @@ def _candidates(result: TuneResult) -> str:
     )
     caption = (
         "<p class='caption'>Speed-up over plain PyTorch: median of the pairwise ratios of an interleaved run, with "
-        "their quartiles. Energy names its source.</p>"
+        f"their quartiles. Energy names its source.{left_out(result)}</p>"
     )
     return (
         f"<div class='scroll'><table class='candidates'><thead><tr>{head}</tr></thead>"

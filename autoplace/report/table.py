@@ -15,16 +15,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS",
+    "MOST_ROWS",
     "CandidateRow",
     "candidate_rows",
     "candidates_table",
     "describe_plan",
     "figure",
     "is_reference",
+    "left_out",
     "time_ms",
 ]
 
 COLUMNS = ("candidate", "placement", "predicted ms", "measured ms", "energy J", "speed-up", "kept, or why not")
+MOST_ROWS = 12
+"""Candidates that a table for people shows; a search of the knobs makes dozens."""
 NOTHING = "–"
 """Stands where there is no figure."""
 _PREDICTED = ", predicted)"
@@ -60,9 +64,19 @@ class CandidateRow:
         )
 
 
-def candidate_rows(result: TuneResult) -> list[CandidateRow]:
-    """Return one row per candidate: plain PyTorch, then those measured (fastest first), then the rest."""
+def candidate_rows(result: TuneResult, most: int | None = None) -> list[CandidateRow]:
+    """Return one row per candidate: plain PyTorch, then those measured (fastest first), then the rest.
+
+    Args:
+        result: The tuning.
+        most: Rows at most, plain PyTorch and the kept plan always among them; None = all.
+    """
     goal = result.objective.goal
+    ranked = sorted(result.candidates, key=lambda c: _rank(c, goal))
+    if most is not None:
+        first = [c for c in ranked if c.kept or is_reference(c)]
+        best = [*first, *(c for c in ranked if c not in first)][:most]
+        ranked = [c for c in ranked if c in best]
     return [
         CandidateRow(
             label=c.label,
@@ -75,8 +89,14 @@ def candidate_rows(result: TuneResult) -> list[CandidateRow]:
             kept=c.kept,
             baseline=is_reference(c),
         )
-        for c in sorted(result.candidates, key=lambda c: _rank(c, goal))
+        for c in ranked
     ]
+
+
+def left_out(result: TuneResult) -> str:
+    """Return a sentence about the candidates that a table of `MOST_ROWS` rows leaves out, or nothing."""
+    count = len(result.candidates) - MOST_ROWS
+    return f" {count} more candidates are in the result's JSON file." if count > 0 else ""
 
 
 def candidates_table(result: TuneResult) -> Table:
@@ -100,7 +120,7 @@ def candidates_table(result: TuneResult) -> Table:
             ratio=2 if wide else None,
             no_wrap=not wide,
         )
-    for row in candidate_rows(result):
+    for row in candidate_rows(result, MOST_ROWS):
         style = "bold green" if row.kept else ""
         name = Text.assemble((row.label, style or "bold"), "\n", (row.placement, "green" if row.kept else "dim"))
         table.add_row(
@@ -110,7 +130,7 @@ def candidates_table(result: TuneResult) -> Table:
         )
     table.caption = (
         "≈ predicted, not measured. Speed-ups compare each plan with plain PyTorch round by round; "
-        "plain PyTorch and the plans that gained show a second, longer run, which decided."
+        "plain PyTorch and the plans that gained show a second, longer run, which decided." + left_out(result)
     )
     table.caption_justify = "left"
     return table
@@ -140,8 +160,8 @@ def describe_plan(plan: Plan) -> str:
 
 
 def is_reference(candidate: Candidate) -> bool:
-    """Return whether this is plain PyTorch, uncompiled, which all others are compared with."""
-    return candidate.plan.is_plain and not candidate.plan.compiled
+    """Return whether this is plain PyTorch, no knob turned, which all others are compared with."""
+    return candidate.plan == Plan.plain()
 
 
 def time_ms(outcome: Outcome | None, goal: str) -> float | None:

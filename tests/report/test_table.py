@@ -8,7 +8,7 @@ from rich.console import Console
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan, Replica
 from autoplace.problem import Objective
-from autoplace.report.table import COLUMNS, candidate_rows, candidates_table, describe_plan, figure, time_ms
+from autoplace.report.table import COLUMNS, MOST_ROWS, candidate_rows, candidates_table, describe_plan, figure, time_ms
 
 
 def render(result, width):
@@ -68,6 +68,27 @@ def test_the_table_fits_the_terminal_and_loses_no_candidate(result, width):
     for row in candidate_rows(result):
         assert row.label.split()[0] in text
         assert row.measured_ms in text
+
+
+def test_a_long_search_shows_its_best_rows_and_counts_the_others(result):
+    plain, kept, *rest = result.candidates
+    trials = [
+        dataclasses.replace(
+            plain,
+            label=f"trial{i:02}",
+            plan=plain.plan.with_(channels_last=True, microbatches=i),
+            measured=dataclasses.replace(plain.measured, latency_ms=1.0 + i / 100),
+        )
+        for i in range(1, 31)
+    ]
+    many = dataclasses.replace(result, candidates=(plain, *trials, kept, *rest))
+    rows = candidate_rows(many, MOST_ROWS)
+    assert len(rows) == MOST_ROWS and rows[0].baseline and not any(r.baseline for r in rows[1:])
+    assert [r.label for r in rows[1:-1]] == [f"trial{i:02}" for i in range(1, 11)]
+    assert rows[-1].label == kept.label and rows[-1].kept, "slower than thirty others, and the one that is kept"
+    count = len(many.candidates) - MOST_ROWS
+    assert f"{count} more candidates" in " ".join(render(many, 200).split())
+    assert "more candidates" not in render(result, 200)
 
 
 def test_markup_in_names_is_only_text(result):
