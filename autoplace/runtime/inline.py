@@ -110,7 +110,7 @@ class InlineDevice(Executor):
         self._call: Callable[..., Any] = self._compiler.wrap(model, whole=True) if plan.compiled else model
         self._plain = self._dtype is None and not plan.channels_last
         self._ledger = Ledger()
-        self._backward = _Backward(seat.device.name, seat.threads, self._ledger)
+        self._backward = _Backward(seat, self._ledger)
         self._elsewhere: SingleDevice | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -199,13 +199,12 @@ class _Backward:
     """What a backward pass meets at the model's outputs.
 
     Args:
-        device: Name of the device.
-        threads: Intra-op threads of the backward; None leaves them.
+        seat: Where the model runs.
         ledger: Gets the time from the first output's node to the end of the backward.
     """
 
-    def __init__(self, device: str, threads: int | None, ledger: Ledger) -> None:
-        self.device, self.threads, self.ledger = device, threads, ledger
+    def __init__(self, seat: _Seat, ledger: Ledger) -> None:
+        self.seat, self.threads, self.ledger = seat, seat.threads, ledger
 
     def watch(self, output: Any) -> None:
         """Put this at the nodes that made the outputs."""
@@ -235,10 +234,12 @@ class _End:
         self._backward, self._passes, self._task, self._threads = backward, passes, task, threads
         self._thread = threading.get_ident()
         self._start = time.perf_counter()
-        self._event = None
-        if backward.threads is None:
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record()
+        self._event = None if backward.threads is not None else self._mark()
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._backward.seat.torch_device))
+        return event
 
     def __call__(self) -> None:
         if self._done:
@@ -247,13 +248,11 @@ class _End:
         self._passes.pop(self._task, None)
         if self._threads is not None and threading.get_ident() == self._thread:
             torch.set_num_threads(self._threads)
-        backward, label = self._backward, "model backward"
+        device, ledger = self._backward.seat.device.name, self._backward.ledger
         if self._event is None:
-            backward.ledger.add_task(backward.device, label, self._start, time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        backward.ledger.add_events(backward.device, self._event, event)
+            ledger.add_task(device, "model backward", self._start, time.perf_counter())
+        else:
+            ledger.add_events(device, self._event, self._mark())
 
     def __del__(self) -> None:
         self()

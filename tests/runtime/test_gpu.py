@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from autoplace.hardware.cluster import Cluster, Device, Link
-from autoplace.runtime import build_executor
+from autoplace.runtime import InlineDevice, SingleDevice, build_executor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -47,3 +47,21 @@ def test_busy_time_is_the_gpus(cluster, make_plan):
         executor.busy_ms()
         executor(torch.randn(512, 2048, device="cuda"))
         assert 0 < executor.busy_ms()[G] < 1000
+
+
+def test_a_model_on_the_gpu_runs_in_line(cluster, make_plan, compare):
+    net, x = nn.Sequential(nn.Linear(512, 512), nn.Dropout(0.5)).cuda(), torch.randn(256, 512, device="cuda")
+    with build_executor(net, make_plan(G), cluster) as executor:
+        assert type(executor) is InlineDevice
+        torch.manual_seed(3)
+        y = executor(x)
+        torch.manual_seed(3)
+        assert torch.equal(y, net(x)), "dropout is bit-equal under one seed"
+        assert 0 < executor.busy_ms()[G] < 1000
+        y.sum().backward()
+        assert 0 < executor.busy_ms()[G] < 1000
+        moved = executor(x.cpu())
+        assert moved.device.type == "cpu", "inputs from elsewhere are moved, and outputs back"
+    compare(net.eval(), make_plan(G), [x])
+    with build_executor(net.cpu(), make_plan(G), cluster) as executor:
+        assert type(executor) is SingleDevice
