@@ -12,7 +12,8 @@ Knows nothing of plans. Definitions:
 - *A/A noise* is the largest of |median - 1| and half the interquartile range of the pair ratios of two series of the
   same thing. A win counts when the median pair ratio exceeds 1 by more than that. → `aa_noise`
 
-A run that overruns its limit cannot be stopped; it is left behind in its thread, which may keep a core busy.
+A run that overruns its limit cannot be stopped. It is waited for a while all the same, since its backward would add to
+gradients that by then are the user's; after that it is left behind in its thread, which may keep a core busy. → `Guard`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait
 from typing import TypeVar
 
 import numpy as np
@@ -31,6 +33,9 @@ from autoplace.runtime.worker import TaskThread
 __all__ = ["Guard", "aa_noise", "interleave", "pair_ratios", "summary", "synchronize"]
 
 T = TypeVar("T")
+
+_GRACE = (10.0, 20.0, 60.0)
+"""How long a run that overran is waited for: at least, times its limit, at most (seconds, factor, seconds)."""
 
 
 def synchronize() -> None:
@@ -54,7 +59,8 @@ class Guard:
             limit_s: Seconds it may take.
 
         Raises:
-            ExecutionError: If it takes longer; its thread is left behind and the next run gets a new one.
+            ExecutionError: If it takes longer, once it is over or `_GRACE` has passed; then its thread is left behind
+                and the next run gets a new one.
         """
         if self._thread is None:
             self._thread = TaskThread("measure", threads=torch.get_num_threads())
@@ -62,12 +68,14 @@ class Guard:
         try:
             return future.result(timeout=limit_s)
         except FutureTimeoutError:
-            if future.done():
-                raise
-            self._thread = None
-            raise ExecutionError(
-                f"it did not finish within {limit_s:g} s and was left behind in its threads; allow more time or drop it"
-            ) from None
+            if future.done():  # in this moment, or with a timeout of its own
+                return future.result()
+        least_s, factor, most_s = _GRACE
+        wait([future], timeout=min(most_s, max(least_s, factor * limit_s)))
+        left = ""
+        if not future.done():
+            self._thread, left = None, " and was left behind in its threads"
+        raise ExecutionError(f"it did not finish within {limit_s:g} s{left}; allow more time or drop it")
 
     def close(self) -> None:
         """End the thread."""

@@ -109,7 +109,7 @@ def test_failures_become_infeasible_outcomes(cluster, make_plan):
     for deed, words in [
         (raises, "it raised RuntimeError: bad weather"),
         (runs_out, "it ran out of memory: tried to allocate 99 GiB"),
-        (lambda: time.sleep(1.0), "did not finish within 0.2 s and was left behind"),
+        (lambda: time.sleep(1.0), "did not finish within 0.2 s"),
     ]:
         work = workload(nn.Sequential(InWorker(deed), nn.Dropout(0.25)))
         evaluator = MeasuredEvaluator(work, cluster, repeats=1, warmup=0, limit_s=0.2)
@@ -118,6 +118,30 @@ def test_failures_become_infeasible_outcomes(cluster, make_plan):
         assert bad.latency_ms == bad.objective == float("inf")
         assert plain.feasible
         assert work.model[1].p == 0.25, "what is left behind does not keep the check's settings"
+
+
+def test_a_pass_that_overruns_adds_no_gradients_later(cluster, make_plan):
+    class SlowBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(0.5)
+            return grad
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return SlowBackward.apply(super().forward(x))
+
+    work = workload(Net(8, 8), training=True)
+    evaluator = MeasuredEvaluator(work, cluster, repeats=1, warmup=0, limit_s=0.1, check=False)
+    (outcome,) = evaluator.evaluate([make_plan(A)])
+    assert "did not finish within 0.1 s" in outcome.reason
+    work.model.zero_grad()
+    time.sleep(0.7)
+    assert work.model.weight.grad is None
 
 
 def test_what_hangs_only_when_timed_is_dropped_too(cluster, make_plan):

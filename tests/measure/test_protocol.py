@@ -1,3 +1,4 @@
+import threading
 import time
 
 import pytest
@@ -50,6 +51,26 @@ def test_failed_and_hanging_runs_drop_out_and_the_rest_goes_on():
     assert isinstance(errors["breaks"], ValueError)
     assert isinstance(errors["hangs"], ExecutionError) and "within 0.1 s" in str(errors["hangs"])
     assert [len(samples[name]) for name in ("breaks", "hangs", "fine")] == [0, 0, 2]
+
+
+def test_a_run_that_never_ends_is_left_behind_after_a_while(monkeypatch):
+    monkeypatch.setattr("autoplace.measure.protocol._GRACE", (0.2, 1.0, 0.2))
+    never, guard = threading.Event(), Guard()
+    try:
+        with pytest.raises(ExecutionError, match=r"within 0\.05 s and was left behind"):
+            guard.run(never.wait, 0.05)
+        assert guard.run(lambda: 3, 5) == 3, "in a new thread"
+    finally:
+        never.set()
+        guard.close()
+
+
+def test_a_run_that_overruns_is_waited_for():
+    done, guard = [], Guard()
+    with pytest.raises(ExecutionError, match=r"within 0\.05 s; allow more time"):
+        guard.run(lambda: (time.sleep(0.3), done.append(1)), 0.05)
+    assert done == [1]
+    guard.close()
 
 
 def test_without_a_handler_failures_are_raised():
