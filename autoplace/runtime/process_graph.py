@@ -5,18 +5,58 @@ The caller's own share has a graph here, and every other process keeps one, of w
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from .process_link import WorkerProcess
 from .process_worker import Backward, intra_op_threads
 from .segments import Grads, Segment
+from .shipping import load
+from .tree import Tree
 from .worker import Ledger
 
-__all__ = ["Here", "Later", "OwnSegment", "RemoteSegment", "There"]
+__all__ = ["Here", "Later", "Outputs", "OwnSegment", "RemoteSegment", "There"]
+
+_MOST_KNOWN = 64
+"""Structures that are kept."""
+
+
+class Outputs:
+    """Outputs that came from another process, taken apart; the structure of an earlier one is not read anew."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[Tree, list[int | None]]] = {}
+        """Structure to an output and, per leaf, the number of the tensor that it is."""
+
+    def tree(self, structure: bytes, tensors: list[torch.Tensor]) -> Tree:
+        """Return the output of a structure with these tensors.
+
+        Args:
+            structure: From `shipping.dump`.
+            tensors: Its tensors, by number.
+        """
+        known = self._known.get(structure)
+        if known is not None:
+            tree, numbers = copy.copy(known[0]), known[1]
+            leaves = zip(tree.leaves, numbers, strict=True)
+            tree.leaves = [leaf if number is None else tensors[number] for leaf, number in leaves]
+            return tree
+        tree = Tree(load(structure, tensors), objects=True)
+        places = {id(tensor): i for i, tensor in enumerate(tensors)}
+        found = [places.get(id(leaf)) for leaf in tree.leaves]
+        if set(found) >= set(range(len(tensors))):  # none is hidden inside a leaf
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            pattern = copy.copy(tree)
+            pattern.leaves = [leaf if number is None else None for leaf, number in zip(tree.leaves, found, strict=True)]
+            self._known[structure] = (pattern, found)
+        return tree
 
 
 class Later:

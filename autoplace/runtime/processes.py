@@ -36,13 +36,13 @@ from . import routing
 from ._base import Executor
 from .batch import batch_size, part_sizes
 from .mirror import Mirror
-from .process_graph import Here, Later, OwnSegment, RemoteSegment, There
+from .process_graph import Here, Later, Outputs, OwnSegment, RemoteSegment, There
 from .process_link import LostProcessError, WorkerProcess
 from .process_worker import Forward, Modes, Runner, Start
 from .segments import Grads, alias, wait_all
-from .shipping import Shipment, dump, load, ship_model, supported
+from .shipping import Shipment, dump, ship_model, supported
 from .sites import Call, Part, Rows, autocast_dtype, finish
-from .tree import Tree, shared_object
+from .tree import shared_object
 from .worker import DeviceWorker, Ledger, group_cores, spread_busy
 
 __all__ = ["ProcessReplicas", "supported"]
@@ -109,6 +109,7 @@ class ProcessReplicas(Executor):
         self._random = False
         """Whether the last pass drew random numbers."""
         self._compile_s: dict[str, float] = {}
+        self._outputs = Outputs()
         self._pid = os.getpid()
         knobs: dict[str, Any] = {
             "precision": plan.precision,
@@ -272,7 +273,7 @@ class ProcessReplicas(Executor):
             for place, requires in zip(answer.tensors, answer.requires_grad, strict=True)
             if place is not None
         ]
-        output = Tree(load(answer.structure, views), objects=True)
+        output = self._outputs.tree(answer.structure, views)
         if not call.graph:
             return Part(output, [], None)
         thread: Any = There(process.device)

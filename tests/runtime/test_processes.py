@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from autoplace.errors import ExecutionError
 from autoplace.hardware.cluster import Cluster, Device, Link
 from autoplace.plan import Plan, Replica
-from autoplace.runtime import build_executor
+from autoplace.runtime import DeviceWorker, build_executor
 from autoplace.runtime.processes import ProcessReplicas, supported
 
 HERE = Path(__file__).parent
@@ -404,6 +404,27 @@ def test_knobs_reach_every_process(models, two_cores):
         assert small.shape == (3, 2)
 
 
+def test_the_first_replica_in_a_worker_and_sparse_gradients(two_cores, monkeypatch):
+    """As where it has several threads on some of the cores, which takes more cores than a test may ask for."""
+
+    def own_place(self, seat):
+        self._pin = frozenset()
+        worker = DeviceWorker(seat.device, seat.threads)
+        return worker, worker
+
+    monkeypatch.setattr(ProcessReplicas, "_own_place", own_place)
+    net = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
+    with ProcessReplicas(net, processes_plan(0.5, 0.5), two_cores) as executor:
+        thread = executor._worker
+        for _ in range(2):
+            got = torch.autograd.grad(executor(ids()).square().sum(), list(net.parameters()))
+            expected = torch.autograd.grad(net(ids()).square().sum(), list(net.parameters()))
+            assert got[0].is_sparse
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a.to_dense(), b.to_dense())
+    assert not thread.alive
+
+
 def test_inputs_modified_in_place_are_refused(models, two_cores):
     executor = ProcessReplicas(models.InPlace(), processes_plan(0.5, 0.5), two_cores)
     with executor, pytest.raises(ExecutionError, match="in place"):
@@ -443,7 +464,7 @@ SCRIPT = textwrap.dedent(
     from torch import nn
     from autoplace.hardware.cluster import Cluster, Device
     from autoplace.plan import Plan, Replica
-    from autoplace.runtime import build_executor
+    from autoplace.runtime import DeviceWorker, build_executor
 
     assert __name__ == "__main__", "the main file was run again"
     print("main", flush=True)
