@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -86,30 +87,27 @@ def effects(node: Node) -> tuple[list[Node], list[Node]]:
     return written, [*aliased, *(written if shares else [])]
 
 
-def _nodes(value: object) -> list[Node]:
+def _nodes(value: Any) -> list[Node]:
     found: list[Node] = []
-    torch.fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+    torch.fx.node.map_arg(value, found.append)
     return found
 
 
 def _block_effects(node: Node) -> tuple[list[Node], list[Node]]:
     """Return the operands that the blocks of a higher-order op write to, and those that they may hand back."""
-    blocks = [getattr(node.graph.owning_module, str(n.target), None) for n in node.args if _is_attribute(n)]
+    targets = [str(n.target) for n in node.args if isinstance(n, Node) and n.op == "get_attr"]
+    blocks = [getattr(node.graph.owning_module, target, None) for target in targets]
     operands = [n for n in node.all_input_nodes if n.op != "get_attr"]
     if len(blocks) != 1 or not isinstance(blocks[0], GraphModule):
         return [], operands
     block = blocks[0].graph
-    start = next(i for i, n in enumerate(node.args) if _is_attribute(n))
+    start = next(i for i, n in enumerate(node.args) if isinstance(n, Node) and n.op == "get_attr")
     storages = _Storages(block)
     written = {storages.root(n) for nodes in storages.writes.values() for n in nodes}
     returned = {storages.root(n) for n in block.output_node().all_input_nodes}
     formals = [storages.root(n) for n in block.nodes if n.op == "placeholder"]
     pairs = [(a, f) for a, f in zip(node.args[start + 1 :], formals, strict=False) if isinstance(a, Node)]
     return [a for a, f in pairs if f in written], [a for a, f in pairs if f in returned]
-
-
-def _is_attribute(value: object) -> bool:
-    return isinstance(value, Node) and value.op == "get_attr"
 
 
 def make_functional(graph: Graph) -> None:

@@ -89,10 +89,10 @@ def to_stages(
     number: dict[tuple[str, int, int], int] = {}
     of = [number.setdefault((devices[n], up[n], down[n]), len(number)) for n in range(len(successors))]
     stages = {i: _Stage([], device, 0.0, set(), set()) for (device, _, _), i in number.items()}
-    for node, stage in enumerate(of):
-        stages[stage].members.append(node)
-        stages[stage].cost += costs[node]
-        stages[stage].after |= {of[s] for s in successors[node]} - {stage}
+    for node, number_of in enumerate(of):
+        stages[number_of].members.append(node)
+        stages[number_of].cost += costs[node]
+        stages[number_of].after |= {of[s] for s in successors[node]} - {number_of}
     for i, stage in stages.items():
         for other in stage.after:
             stages[other].before.add(i)

@@ -303,14 +303,17 @@ class _Backward:
         for position, parameter in enumerate(self._segment.parameters):
             by_stage = self._weights.get(position, {})
             record_streams(by_stage.values())
-            own = [by_stage[i].to(parameter.device) for i in sorted(by_stage)]
-            found.append(_total([*own, returned.get(id(parameter))]))
+            here = [by_stage[i].to(parameter.device) for i in sorted(by_stage)]
+            found.append(_total([*here, returned.get(id(parameter))]))
         return found
 
 
 def _total(grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Add up in order."""
-    total: torch.Tensor | None = None
-    for grad in grads:
-        total = grad if total is None else total if grad is None else total + grad
+    """Add up in order; only what this function allocated is added to in place."""
+    given = [grad for grad in grads if grad is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    total = given[0] + given[1]
+    for grad in given[2:]:
+        total = total.add_(grad) if total.layout == grad.layout == torch.strided else total + grad
     return total
