@@ -85,6 +85,7 @@ class Reference:
     ) -> None:
         self.workload = workload
         self._random = RandomState()
+        self._buffers = {name: buffer.detach().clone() for name, buffer in workload.model.named_buffers()}
         with preserved(workload.model), no_dropout(workload.model), workload.mode():
             self.run = self.pass_(call)
             other = self.pass_(call, reseed=False)
@@ -125,7 +126,8 @@ class Reference:
             ExecutionError: If it takes longer.
         """
         model, training = self.workload.model, self.workload.training
-        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        found = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        self._set_buffers(self._buffers)
         inputs = _Inputs(self.workload)
         if reseed:
             self._random.restore()
@@ -149,10 +151,13 @@ class Reference:
         clear_gradients(model)
         inputs.clear()
         inputs.put_back()
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+        self._set_buffers(found)
         return Run(tree, loss, grads, after)
+
+    def _set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, buffer in self.workload.model.named_buffers():
+                buffer.copy_(values[name])
 
     def pass_after_step(self, run: Run, call: Callable[..., Any] | None, limit_s: float | None = None) -> Run:
         """Step the parameters by a pass's gradients, run the forward once more, and put the parameters back.

@@ -269,7 +269,7 @@ class MeasuredEvaluator:
             return ""
         if self._activation_bytes is None:
             count = SavedBytes()
-            with count:
+            with preserved(self.workload.model), count:
                 self.workload.forward()
             self._activation_bytes = count.total(self.workload.model)
         return memory_reason(self.workload, self.cluster, plan, self._activation_bytes)

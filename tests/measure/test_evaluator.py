@@ -331,3 +331,12 @@ def test_seconds_of_compiling_are_kept_by_plan(cluster, monkeypatch):
         assert all(o.feasible for o in evaluator.evaluate([Plan.plain(), compiled]))
         assert evaluator.compile_s(compiled) == expected, "one compilation, of the check's and the runs' two"
         assert evaluator.compile_s(Plan.plain()) == 0.0
+
+
+def test_plans_are_checked_from_the_same_buffers_in_every_call(cluster, make_plan):
+    work = workload(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), training=True)
+    with MeasuredEvaluator(work, cluster, repeats=1, warmup=0, keep=4) as evaluator:
+        for plan in (make_plan(A), make_plan(B), make_plan({"0": A, "1": B})):
+            (outcome,) = evaluator.evaluate([plan])
+            assert outcome.feasible, outcome.reason
+            work.model[1].running_mean.add_(1.0)
