@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["hands_off", "is_hands_off", "silent"]
+__all__ = ["hands_off", "is_hands_off", "silent", "stop_at_exit"]
 
 _EXIT_LIMIT_S = 5.0
 """Marked threads get this long to end at exit; one that is still in a long call then never comes back to Python."""
@@ -50,6 +50,8 @@ _here = _Here()
 _lock = threading.Lock()
 _marked: Counter[int] = Counter()
 """Thread id to how many contexts it is in."""
+_left_behind: set[int] = set()
+"""Ids of threads that are only stopped at exit; they may have ended since."""
 _originals: list[tuple[Any, str, Any, Any]] = []
 """(owner, name, PyTorch's function, ours) while any thread is marked."""
 
@@ -80,6 +82,18 @@ def hands_off() -> Iterator[None]:
                 del _marked[ident]
             if not _marked:
                 _release_generators()
+
+
+def stop_at_exit(ident: int) -> None:
+    """Stop a thread that was left behind, in PyTorch perhaps, when the interpreter exits (see 3).
+
+    Args:
+        ident: The thread's `threading.get_ident()`.
+    """
+    with _lock:
+        _left_behind.add(ident)
+        atexit.unregister(_stop_marked)
+        atexit.register(_stop_marked)
 
 
 def _guard_generators() -> None:
@@ -149,13 +163,14 @@ def _install_filters() -> None:
 
 
 def _stop_marked() -> None:
-    """Raise `SystemExit` in the marked threads until they have left PyTorch, for a few seconds."""
+    """Raise `SystemExit` in the marked threads, and those left behind, until they have left PyTorch; a few seconds."""
     own = threading.get_ident()
     now = time.monotonic()
     deadline, sent = now + _EXIT_LIMIT_S, dict[int, float]()
     while (now := time.monotonic()) < deadline:
         with _lock:
-            idents = [ident for ident in _marked if ident != own]
+            alive = {thread.ident for thread in threading.enumerate()}
+            idents = [ident for ident in {*_marked, *(_left_behind & alive)} if ident != own]
         if not idents:
             return
         for ident in idents:
@@ -171,6 +186,7 @@ def _forget_threads() -> None:
     _lock = threading.Lock()
     with _lock:
         _marked.clear()
+        _left_behind.clear()
         _release_generators()
 
 

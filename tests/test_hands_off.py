@@ -149,3 +149,27 @@ def test_a_program_that_ends_meanwhile_ends_as_it_would_have(code):
         [sys.executable, "-c", EXITING.format(code=code)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_thread_that_was_left_behind_does_not_abort_the_exit():
+    code = """
+import time, torch
+from autoplace.errors import ExecutionError
+from autoplace.measure import protocol
+
+def work():
+    x, end = torch.randn(300, 300), time.time() + 30
+    while time.time() < end:
+        x = torch.tanh(x @ x)
+
+protocol._GRACE = (0.1, 1.0, 0.1)
+guard = protocol.Guard()
+try:
+    guard.run(work, 0.2)
+except ExecutionError as error:
+    print(error)
+guard.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "left behind" in done.stdout
+    assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from autoplace.errors import ExecutionError, InputError
+from autoplace.hands_off import stop_at_exit
 from autoplace.runtime.worker import TaskThread
 
 __all__ = ["Guard", "aa_noise", "interleave", "pair_ratios", "summary", "synchronize"]
@@ -74,6 +75,7 @@ class Guard:
         wait([future], timeout=min(most_s, max(least_s, factor * limit_s)))
         left = ""
         if not future.done():
+            stop_at_exit(self._thread.ident)
             self._thread, left = None, " and was left behind in its threads"
         raise ExecutionError(f"it did not finish within {limit_s:g} s{left}; allow more time or drop it")
 

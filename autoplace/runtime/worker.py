@@ -232,6 +232,12 @@ class TaskThread:
         # Same count for this thread, and again the count that threads to come start with (see note 1).
         torch.set_num_threads(before)
 
+    @property
+    def ident(self) -> int:
+        """Identifier of the thread, as `threading.get_ident` gives it there."""
+        assert self._thread.ident is not None  # it is started where it is made
+        return self._thread.ident
+
     def submit(self, fn: Callable[[], T], ledger: Ledger | None = None, label: str = "") -> Future[T]:
         """Queue a task, to run in the caller's grad, inference and autocast modes and with its context variables.
 
