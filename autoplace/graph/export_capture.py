@@ -71,7 +71,7 @@ def _export(workload: Workload, kwargs: Mapping[str, Any], *, dynamic: bool) -> 
     shapes = None
     if dynamic and size > 1:
         shapes = _dynamic_shapes(workload, kwargs, spec)
-    with _quiet(), _unmarked((workload.args, kwargs)), _no_validation(), torch.set_grad_enabled(workload.training):
+    with _quiet(), _unmarked((workload.args, kwargs)), torch.set_grad_enabled(workload.training):
         return torch.export.export(workload.model, workload.args, dict(kwargs), strict=False, dynamic_shapes=shapes)
 
 
@@ -93,18 +93,6 @@ def _unmarked(inputs: Any) -> Iterator[None]:
                 setattr(tensor, name, mark)
 
 
-@contextmanager
-def _no_validation() -> Iterator[None]:
-    """Let `torch.distributions` take their arguments unseen: looking at values is what export cannot."""
-    distribution = torch.distributions.Distribution
-    before = distribution._validate_args
-    distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        distribution.set_default_validate_args(before)
-
-
 def _dynamic_shapes(
     workload: Workload, kwargs: Mapping[str, Any], spec: Any
 ) -> tuple[Any, ...] | dict[str, Any] | None:
@@ -120,21 +108,26 @@ def _dynamic_shapes(
 def _quiet() -> Iterator[None]:
     """Silence export's warnings, logs and prints: a failed rung is told in one sentence, by the ladder.
 
-    In hands-off threads prints stay, since `sys.stderr` is everybody's.
+    And let `torch.distributions` take their arguments unseen: looking at values is what export cannot. In hands-off
+    threads prints and checks stay, since `sys.stderr` and that switch are everybody's.
     """
     if is_hands_off():
         with silent():
             yield
         return
+    distribution = torch.distributions.Distribution
+    validates = distribution._validate_args
     loggers = [logging.getLogger(name) for name in ("torch", "torch.export", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    distribution.set_default_validate_args(False)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
+        distribution.set_default_validate_args(validates)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
