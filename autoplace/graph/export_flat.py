@@ -1,8 +1,8 @@
 """`export_flat`: export of a module that takes and returns nothing but tensors, for programs that are to be run.
 
 Unlike the capture for planning it must be right for every call that it is used for: it refuses what an exported graph
-would lose (activation checkpointing), follows the caller's mode of gradients, and leaves autocast to the one who runs
-the graph.
+would lose (activation checkpointing), and follows the caller's modes of gradients and autocast. The graph has to be run
+under the same autocast: what the model asks of types is fixed by it (`.to(x.dtype)`), casts of its own are not in it.
 
 While it traces, export puts fake tensors into the modules' places for parameters, and patches PyTorch. Other threads
 may be running the model, so a copy of its modules is traced where there can be one, and one thread exports at a time.
@@ -67,9 +67,6 @@ def export_flat(
     with _lock, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         grad = torch.is_grad_enabled()
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
         examples = tuple(
             (t.clone() if t.is_inference() else t).detach().requires_grad_(t.requires_grad) for t in tensors
         )

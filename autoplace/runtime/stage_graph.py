@@ -12,7 +12,7 @@ exported, when the first call comes. Random operations draw other numbers than p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar
 
@@ -99,6 +99,7 @@ class StageGraph(Executor):
             )
         autocast_dtype(plan.precision)  # refuses an unknown one before any thread starts
         self._closed = False
+        self._members = [m._parameters for m in model.modules() if m._parameters]
         self._workers = Workers(plan, cluster, plan.devices)
         self._compiler = Compiler()
         self._places = {name: _Place(w, plan, self._compiler) for name, w in self._workers.by_name.items()}
@@ -106,6 +107,10 @@ class StageGraph(Executor):
             stack.callback(self.close)
             self._caches = self._program_caches()
             stack.pop_all()
+
+    def _parameters(self) -> Iterable[torch.nn.Parameter]:
+        """Return the model's parameters, each once; its modules are looked up once, which takes longer than a call."""
+        return dict.fromkeys(p for own in self._members for p in own.values() if p is not None)
 
     def _program_caches(self) -> list[ProgramCache]:
         """Return one per replica; replicas of equal assignments share theirs."""
@@ -122,7 +127,7 @@ class StageGraph(Executor):
         if self._closed:
             raise ExecutionError("this executor is closed; build it again")
         # Equal calls are one program, in whatever order their keywords come.
-        call = Call(self.model, self.model, args, dict(sorted(kwargs.items())), self.model.parameters())
+        call = Call(self.model, self.model, args, dict(sorted(kwargs.items())), self._parameters())
         batch, sizes, start = None, [], 0
         parts = [(0, 0)]
         if len(self._caches) > 1 or self.plan.microbatches > 1:
@@ -151,7 +156,8 @@ class StageGraph(Executor):
         cuts = [rows[i] if rows else None for i, x in enumerate(call.tree.leaves) if isinstance(x, torch.Tensor)]
         tensors = [t if cut is None else t.narrow(0, *cut) for t, cut in zip(call.sources, cuts, strict=True)]
         size = next((int(t.shape[0]) for t in tensors if t.dim() > 0), None)
-        program = self._caches[replica].find(call.tree, tensors, size)
+        with self._autocast():
+            program = self._caches[replica].find(call.tree, tensors, size)
         pairs = [(None, tensor) for tensor in tensors]
         return PartRun(
             program,
@@ -162,6 +168,13 @@ class StageGraph(Executor):
             home=call.home,
             number=number,
         )
+
+    def _autocast(self) -> ExitStack:
+        """Enter the plan's autocast on every kind of device, as stages will run under it."""
+        stack = ExitStack()
+        for place in self._places.values():
+            stack.enter_context(place.enter())
+        return stack
 
     def _finished(self, call: Call, run: PartRun, queues: ReadyQueues) -> Part:
         output = run.program.output(run.result)

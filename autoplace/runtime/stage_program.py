@@ -1,12 +1,13 @@
 """A model's calls as stage programs: exported, split, and kept by what they depend on.
 
 A program holds for inputs of the same structure, the same values of everything that is no tensor, the same types and
-devices, which inputs require gradients, whether gradients are on, and the modules' settings: flags and numbers that are
-their attributes (`training`, a dropout's `p`) or in their `config`. Where export kept the batch free it holds for other
-batch sizes too. Parameters and buffers are looked up in the live model at every call, so that new values, and new
-objects of the same shape, are seen. Tensors that are plain attributes are constants.
+devices, which inputs require gradients, the modes of gradients and autocast, and the modules' settings: flags and
+numbers that are their attributes (`training`, a dropout's `p`) or in their `config`. Where export kept the batch free
+it holds for other batch sizes too. Parameters and buffers are looked up in the live model at every call, so that new
+values, and new objects of the same shape, are seen. Tensors that are plain attributes are constants.
 
-The model's hooks and activation checkpointing would be lost, and are refused.
+Hooks of the model and activation checkpointing would be lost, and are refused; the hooks by which `transformers`
+collects hidden states are part of its forward.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from autoplace.graph.export_flat import export_flat, modules_to_trace
 from autoplace.graph.module_tree import prefixes
 from autoplace.graph.split import Split, split
 
-from .fitness import HOOKS, records_outputs
-from .tree import Tree
+from .fitness import HOOKS, has_global_hooks, records_outputs
+from .tree import Tree, shared_object
 
 __all__ = ["ProgramCache", "StageProgram"]
 
 MAX_PROGRAMS = 8
 """Programs that a cache makes before it refuses more: each takes seconds."""
+_AUTOCAST = ("cpu", "cuda")
 _SIMPLE = (bool, int, float, str, type(None))
 _NUMBERS = (torch.SymBool, torch.SymFloat, torch.SymInt)
 
@@ -155,7 +157,9 @@ class ProgramCache:
         Raises:
             ExecutionError: If the model has hooks, cannot be exported or split, or wants too many programs.
         """
-        if any(not records_outputs(hook) for hooks in self._hooks if hooks for hook in hooks.values()):
+        if has_global_hooks() or any(
+            not records_outputs(hook) for hooks in self._hooks if hooks for hook in hooks.values()
+        ):
             raise ExecutionError(
                 "the model has hooks, which an exported graph does not call; use another engine than graph"
             )
@@ -190,19 +194,17 @@ class ProgramCache:
         return program
 
     def _key(self, inputs: Tree, tensors: Sequence[torch.Tensor]) -> Any:
+        strange = shared_object(inputs.leaves)
+        if strange is not None:
+            raise ExecutionError(
+                f"an input is a {type(strange).__name__}, which a graph cannot take; use another engine than graph"
+            )
         others = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs.leaves)
         kinds = tuple((t.dtype, t.device, t.requires_grad, t.dim()) for t in tensors)
         structure = (inputs._spec, *((i, type(pattern)) for i, (pattern, _, _) in inputs._nested.items()))
         values = tuple((type(other), other) for other in others)
-        key = (structure, values, kinds, torch.is_grad_enabled(), self._settings.read())
-        try:
-            hash(key)
-        except TypeError:
-            strange = next(o for o in others if not _hashable(o))
-            raise ExecutionError(
-                f"an input is a {type(strange).__name__}, which a graph cannot take; use another engine than graph"
-            ) from None
-        return key
+        autocasts = tuple(torch.get_autocast_dtype(kind) for kind in _AUTOCAST if torch.is_autocast_enabled(kind))
+        return structure, values, kinds, torch.is_grad_enabled(), autocasts, self._settings.read()
 
     def _make(self, inputs: Tree, tensors: Sequence[torch.Tensor], batch: int | None) -> StageProgram:
         outputs: list[Tree] = []
@@ -219,14 +221,6 @@ class ProgramCache:
                 if calls := self._own.get(prefix):
                     return calls.get(number) or next(iter(calls.values()))
         return None
-
-
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 class _Settings:

@@ -334,6 +334,42 @@ def test_modes_reach_the_stages(cluster, graph_plan):
     assert net.left[0].weight.grad is None and net.right[0].weight.grad is not None
 
 
+class Attends(nn.Module):
+    """Asks for the type of a value, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q = self.a(x)
+        weights = torch.softmax(q @ q.mT, -1, dtype=torch.float32).to(q.dtype)
+        return self.b(weights @ q), weights
+
+
+def test_types_that_the_model_asks_for_follow_autocast(cluster, graph_plan):
+    net, x = Attends(), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = net(x)
+    with build_executor(net, graph_plan({"a": A, "b": B}), cluster) as executor:
+        assert executor(x)[1].dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = executor(x)
+    torch.testing.assert_close(got, expected)
+    with build_executor(net, graph_plan({"a": A, "b": B}, precision="bfloat16"), cluster) as executor:
+        torch.testing.assert_close(executor(x), expected)
+
+
+def test_objects_among_the_inputs_are_refused(cluster, graph_plan):
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0)
+    net = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        cache = net(IDS).past_key_values
+    plan = graph_plan({"transformer.wte": A, "transformer.h": B, "lm_head": A})
+    with build_executor(net, plan, cluster) as executor, pytest.raises(ExecutionError, match="DynamicCache"):
+        executor(IDS[:, :1], past_key_values=cache)
+
+
 def test_compiled_stages(cluster, graph_plan, compare, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda fn, **_: compiled.append(fn) or fn)
