@@ -1,11 +1,7 @@
 import gc
 import os
-import signal
-import subprocess
 import sys
-import textwrap
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -18,7 +14,7 @@ from autoplace.errors import ExecutionError
 from autoplace.hardware.cluster import Cluster, Device, Link
 from autoplace.plan import Plan, Replica
 from autoplace.runtime import DeviceWorker, build_executor
-from autoplace.runtime.processes import ProcessReplicas, supported
+from autoplace.runtime.processes import ProcessReplicas
 
 HERE = Path(__file__).parent
 A, B = "host0/cpu:0", "host0/cpu:1"
@@ -431,111 +427,6 @@ def test_inputs_modified_in_place_are_refused(models, two_cores):
         executor(torch.zeros(4, 2))
 
 
-def test_a_killed_process_gives_a_sentence_and_leaves_nothing(models, two_cores):
-    model = models.Many()
-    executor = ProcessReplicas(model, processes_plan(0.5, 0.5), two_cores)
-    output = executor(ids())
-    popen = executor._processes[0].popen
-    os.kill(popen.pid, signal.SIGKILL)
-    with pytest.raises(ExecutionError, match="ended; build the executor again"):
-        output.hidden.sum().backward()
-    assert popen.returncode is not None, "it was waited for"
-    with pytest.raises(ExecutionError, match="closed"):
-        executor(ids())
-    executor.close()
-    assert model(ids()).hidden.shape == (6, 4, 8)
-
-
-def test_a_process_that_hangs_is_given_up(models, two_cores, monkeypatch):
-    monkeypatch.setattr(ProcessReplicas, "answer_limit_s", 0.3)
-    executor = ProcessReplicas(models.Many(), processes_plan(0.5, 0.5), two_cores)
-    popen = executor._processes[0].popen
-    os.kill(popen.pid, signal.SIGSTOP)
-    start = time.monotonic()
-    with pytest.raises(ExecutionError, match="no answer"):
-        executor(ids())
-    assert time.monotonic() - start < 30 and popen.returncode is not None
-
-
-SCRIPT = textwrap.dedent(
-    """
-    import os, signal, sys
-    import torch
-    from torch import nn
-    from autoplace.hardware.cluster import Cluster, Device
-    from autoplace.plan import Plan, Replica
-    from autoplace.runtime import DeviceWorker, build_executor
-
-    assert __name__ == "__main__", "the main file was run again"
-    print("main", flush=True)
-    cores = sorted(os.sched_getaffinity(0))
-    cluster = Cluster(devices=(Device(name="h/cpu:0", kind="cpu", cores=(cores[0],)),
-                               Device(name="h/cpu:1", kind="cpu", cores=(cores[-1],))))
-    plan = Plan(replicas=tuple(Replica(assignment={".": d.name}, share=0.5) for d in cluster.devices),
-                strategy="t", engine="processes")
-    executor = build_executor(nn.Linear(2, 2), plan, cluster)
-    executor(torch.ones(2, 2))
-    print(executor._processes[0].popen.pid, flush=True)
-    if sys.argv[1] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    """
-)
-
-
-def _gone(pid):
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_processes_end_with_their_caller(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    runs = [
-        subprocess.Popen([sys.executable, str(script), how], stdout=subprocess.PIPE, text=True)
-        for how in ("kill", "return")
-    ]
-    for run, code in zip(runs, (-signal.SIGKILL, 0), strict=True):
-        out, _ = run.communicate(timeout=120)
-        first, pid = out.split()
-        assert first == "main" and run.returncode == code
-        assert _gone(int(pid))
-
-
-def test_models_that_do_not_travel_are_refused_with_a_reason(two_cores):
-    def with_(**attributes):
-        net = nn.Linear(2, 2)
-        for name, value in attributes.items():
-            setattr(net, name, value)
-        return net
-
-    main = type("Mine", (nn.Linear,), {"__module__": "__main__"})
-    hooked, sparse = nn.Linear(2, 2), nn.Module()
-    hooked.register_forward_hook(lambda *_: None)
-    sparse.register_buffer("s", torch.eye(2).to_sparse())
-    for model, words in [
-        (with_(fn=lambda x: x), "pickled"),
-        (main(2, 2), "main file"),
-        (hooked, "hooks"),
-        (with_(forward=abs), "forward"),
-        (sparse, "layout"),
-        (torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), "TorchScript"),
-        (with_(other=[torch.ones(1, requires_grad=True)]), "requires a gradient"),
-        (nn.Linear(2, 2, device="meta"), "meta"),
-    ]:
-        assert words in supported(model)
-        with pytest.raises(ExecutionError, match=words):
-            ProcessReplicas(model, processes_plan(0.5, 0.5), two_cores)
-    fine = nn.Linear(2, 2)
-    assert supported(fine) == "" and not fine.weight.is_shared(), "asking moves nothing"
-
-
 def test_plans_that_do_not_fit_are_refused(two_cores):
     net = nn.Linear(2, 2)
     halves = (Replica(assignment={".": A}, share=0.5), Replica(assignment={".": "host0/cuda:0"}, share=0.5))
@@ -547,13 +438,3 @@ def test_plans_that_do_not_fit_are_refused(two_cores):
         with pytest.raises(ExecutionError, match=words):
             ProcessReplicas(net, plan, two_cores)
     assert not net.weight.is_shared()
-
-
-def test_a_model_that_cannot_be_imported_there_is_refused(two_cores, tmp_path, monkeypatch):
-    (tmp_path / "vanishing.py").write_text("import torch\n\n\nclass Gone(torch.nn.Linear):\n    pass\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    import vanishing
-
-    (tmp_path / "vanishing.py").unlink()
-    with pytest.raises(ExecutionError, match=r"rebuild the model.*vanishing"):
-        ProcessReplicas(vanishing.Gone(2, 2), processes_plan(0.5, 0.5), two_cores)
