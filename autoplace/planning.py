@@ -44,7 +44,7 @@ class ModeWorkload(Workload):
     def forward(self, call: Callable[..., Any] | None = None) -> Any:
         """Run `call` (the model when None) on the inputs and return its output."""
         with torch.set_grad_enabled(self.gradients):
-            return (call or self.model)(*self.args, **self.kwargs)
+            return (self.model if call is None else call)(*self.args, **self.kwargs)
 
     @contextmanager
     def mode(self) -> Iterator[None]:

@@ -41,7 +41,7 @@ class Workload:
     def forward(self, call: Callable[..., Any] | None = None) -> Any:
         """Run `call` (the model when None) on the inputs in the workload's mode of gradients and return its output."""
         with torch.set_grad_enabled(self.training):
-            return (call or self.model)(*self.args, **self.kwargs)
+            return (self.model if call is None else call)(*self.args, **self.kwargs)
 
     def step(self, call: Callable[..., Any] | None = None) -> Any:
         """Run one pass: forward, and in training loss and backward into `.grad`. Returns the output."""
