@@ -180,10 +180,7 @@ class Contest:
         from autoplace.knob_search import search_knobs
 
         trials = Trials(self._workload, self._config, self._rounds, rows, num_ops=self._captured.graph.num_ops)
-        if self._config.knob_trials == 0:
-            if self._config.compile is not False and not trials.refuse(COMPILED):
-                trials.measure(COMPILED, knob_label(COMPILED), lambda _gains: False)
-        elif self._rounds.left_s("search") > 0:
+        if self._config.knob_trials > 0 and self._rounds.left_s("search") > 0:
             exported = self._captured.rung == "export"
             space = KnobSpace(
                 bases=tuple(knob_bases(rows, self._workload, self._problem, exported=exported)),
@@ -203,6 +200,9 @@ class Contest:
                 refuse=trials.refuse,
                 spent=lambda: self._rounds.left_s("search") <= 0,
             )
+        if self._config.compile is not False and not trials.knows(COMPILED):
+            if self._config.compile is True or self._rounds.left_s("search") > 0:
+                trials.measure(COMPILED, knob_label(COMPILED), lambda _gains: False)
         if trials.not_compiled:
             self.notes.append(f"Plans were not compiled: {trials.not_compiled}.")
         return trials.rows

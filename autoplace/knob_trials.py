@@ -56,6 +56,10 @@ class Trials:
         self.rows.append(row)
         return row.gain
 
+    def knows(self, plan: Plan) -> bool:
+        """Return whether a plan has had its trial, or is refused one."""
+        return any(c.plan == plan for c in self.rows) or bool(self.refuse(plan))
+
     def bar(self) -> float:
         """Return the gain that is safely reached: the largest lower quartile of all plans that ran to their end."""
         whole = [c for c in (*self._known, *self.rows) if not c.stopped]
