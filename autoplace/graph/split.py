@@ -1,8 +1,7 @@
 """`split`: an exported program and a device per op group become stages, fx modules that call each other's values.
 
 1. In-place ops are made functional where that changes nothing, and what must run together is bound, → `effects`.
-2. Every node gets the device of its module's group. Nodes of no group ("glue") go where the first one that needs them
-   is, if anything that they read is there or they read nothing; else where the last value that they read is.
+2. Every node gets the device of its module's group, or a neighbour's, → `nodes`.
 3. Nodes become stages, → `stages`.
 4. Every stage becomes a `GraphModule` from values (inputs, weights, scalars, other stages' values) to a tuple of them.
 
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,13 +25,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from autoplace.errors import CaptureError
 from autoplace.graph.effects import bound_nodes, effects, make_functional
-from autoplace.graph.op_costs import bytes_moved, concrete, op_flops, op_kind, tensors_of
+from autoplace.graph.nodes import DeviceOf, NodeCosts, label_of, node_devices
 from autoplace.graph.stages import in_order, strong_components, to_stages
 
 __all__ = ["Split", "Stage", "split"]
 
-_CALL_US, _FLOPS_PER_US, _BYTES_PER_US = 5.0, 2e4, 1e4
-"""A CPU core's order of magnitude: what an op takes at least, and what it gets done in a microsecond."""
 _SMALL_US = 60.0
 """Stages estimated shorter than a hand-over between threads are not worth one, → `runtime.worker`."""
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
@@ -105,7 +102,7 @@ class Split:
 
 def split(
     program: torch.export.ExportedProgram,
-    device_of: Callable[[Sequence[tuple[str, int]]], str | None],
+    device_of: DeviceOf,
     places: Mapping[str, torch.device],
     *,
     root: str = "",
@@ -114,8 +111,7 @@ def split(
 
     Args:
         program: From `torch.export.export`, in-place operations kept. Its graph is changed.
-        device_of: From the modules around a node, outermost first, each with the number of its call, to the name of
-            the device that the plan gives it; None where the plan says nothing.
+        device_of: What the plan says; the names of devices.
         places: Device name to torch device, in the plan's order; factory operations are moved there.
         root: The submodule of the exported module that is the model: paths are told from there.
 
@@ -129,14 +125,13 @@ class _Splitter:
     def __init__(
         self,
         program: torch.export.ExportedProgram,
-        device_of: Callable[[Sequence[tuple[str, int]]], str | None],
+        device_of: DeviceOf,
         places: Mapping[str, torch.device],
         root: str,
     ) -> None:
         self.program, self.places, self.root = program, places, root
         self.owner, self.graph = program.graph_module, program.graph_module.graph
         self.device_of = device_of
-        self.flop_cache: dict[str, float] = {}
         self.kinds: dict[str, Any] = {s.arg.name: s for s in program.graph_signature.input_specs if _named(s.arg)}
         self.results = _results(program)
         self._drop_checks()
@@ -173,9 +168,10 @@ class _Splitter:
         if not self.nodes:
             raise CaptureError("the model runs no operation")
         atoms, successors = self._atoms()
-        node_device = self._devices()
-        costs = [sum(self._cost_us(n) for n in atom) for atom in atoms]
-        devices = [_majority([(node_device[n], self._cost_us(n)) for n in atom]) for atom in atoms]
+        device = node_devices(self.nodes, self.device_of, self.root, next(iter(self.places)))
+        cost = NodeCosts(self.owner)
+        costs = [sum(cost.us(n) for n in atom) for atom in atoms]
+        devices = [_majority([(device[n], cost.us(n)) for n in atom]) for atom in atoms]
         groups = [sorted(n for a in g for n in atoms[a]) for g in to_stages(successors, devices, costs, _SMALL_US)]
         home = {n: i for i, group in enumerate(groups) for n in group}
         of_atom = {n: devices[i] for i, atom in enumerate(atoms) for n in atom}
@@ -227,53 +223,6 @@ class _Splitter:
             edges[atom_of[node]] |= {atom_of[o] for o in others} - {atom_of[node]}
         return [[self.nodes[n] for n in component] for component in components], edges
 
-    def _devices(self) -> dict[Node, str]:
-        order = {node: i for i, node in enumerate(self.nodes)}
-        devices: dict[Node, str] = {}
-        for node in self.nodes:
-            device = self.device_of(_modules_of(node, self.root))
-            if device is not None:
-                devices[node] = device
-        asked: dict[Node, str] = {}
-        for node in reversed(self.nodes):
-            users = sorted((n for n in node.users if n in devices or n in asked), key=lambda n: order.get(n, 0))
-            if users and node not in devices:
-                asked[node] = devices.get(users[0]) or asked[users[0]]
-        for node in self.nodes:
-            if node not in devices:
-                read = sorted((n for n in node.all_input_nodes if n in devices), key=order.__getitem__)
-                known = [devices[n] for n in read]
-                wish = asked.get(node, next(iter(self.places)))
-                devices[node] = wish if wish in known or not known else known[-1]
-        return devices
-
-    def _cost_us(self, node: Node) -> float:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            blocks = [getattr(self.owner, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
-            inner = [n for b in blocks if isinstance(b, GraphModule) for n in b.graph.nodes if n.op == "call_function"]
-            return sum(self._cost_us(n) for n in inner)
-        if "cost_us" not in node.meta:
-            node.meta["cost_us"] = self._estimate_us(node)
-        return float(node.meta["cost_us"])
-
-    def _estimate_us(self, node: Node) -> float:
-        value = concrete(node.meta.get("val"))
-        if not tensors_of(value) or node.target is operator.getitem:
-            return 0.0
-        args = torch.fx.node.map_arg(node.args, lambda n: concrete(n.meta.get("val")))
-        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: concrete(n.meta.get("val")))
-        args, kwargs = concrete(args), concrete(kwargs)
-        try:
-            flops = op_flops(node.target, args, kwargs, value, self.flop_cache)
-        except (RuntimeError, TypeError, ValueError, IndexError):  # no formula for this form of the op
-            flops = float(sum(t.numel() for t in tensors_of(value)))
-        moved = (
-            0.0
-            if effects(node)[1]
-            else bytes_moved(op_kind(node.target), tensors_of((args, kwargs)), tensors_of(value))
-        )
-        return _CALL_US + flops / _FLOPS_PER_US + moved / _BYTES_PER_US
-
     def _stage(self, group: list[Node], index: int, home: Mapping[Node, int], device: str) -> Stage:
         inside = set(group)
         wanted = {name for name in self.results if isinstance(name, str)}
@@ -295,7 +244,7 @@ class _Splitter:
         held = {n for node in group for n in effects(node)[0]} & set(given)
         return Stage(
             device=device,
-            label=_label(group, self.root),
+            label=label_of(group, self.root),
             module=_module(root, graph),
             inputs=tuple(n.name for n in given),
             outputs=tuple(n.name for n in outputs),
@@ -341,25 +290,6 @@ def _results(program: torch.export.ExportedProgram) -> tuple[Any, ...]:
         constant = not _named(spec.arg) or not hasattr(spec.arg, "name") or hasattr(spec.arg, "value")
         results.append(spec.arg.value if constant else spec.arg.name)
     return tuple(results)
-
-
-def _modules_of(node: Node, root: str) -> list[tuple[str, int]]:
-    """Return the modules around a node, from `root` inwards, each with the number of its call."""
-    found = []
-    for key, entry in (node.meta.get("nn_module_stack") or {}).items():
-        path = str(entry[0]).split("@", 1)[0]
-        number = str(key).rpartition("@")[2] if "@" in str(key) else "0"
-        if root and path != root and not path.startswith(root + "."):
-            continue
-        found.append((path[len(root) :].lstrip("."), int(number) if number.isdigit() else 0))
-    return found
-
-
-def _label(group: Sequence[Node], root: str) -> str:
-    paths = list(dict.fromkeys(stack[-1][0] for node in group if (stack := _modules_of(node, root)) and stack[-1][0]))
-    if not paths:
-        return "glue"
-    return paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
 
 
 def _majority(weighted: Sequence[tuple[str, float]]) -> str:

@@ -29,6 +29,8 @@ def cluster():
         ([C, G], {"shares": [0.25, 0.75]}),
         ([{"0": C, "1": G, "2": C}], {}),
         ([{"0": G, "1": C, "2": G}], {"microbatches": 2}),
+        ([{"0": C, "1": G, "2": C}], {"engine": "graph"}),
+        ([{"0": G, "1": C, "2": G}], {"engine": "graph", "microbatches": 2}),
     ],
 )
 def test_mixed_devices_equal_plain_pytorch(make_plan, compare, home, replicas, knobs):

@@ -1,4 +1,5 @@
 import itertools
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -519,6 +520,28 @@ def test_values_are_freed_when_their_last_reader_is_done(cluster, graph_plan):
         executor._part = part
         executor(torch.ones(2, 4))
     assert seen == [1, 1, 1, 1]
+
+
+def test_an_interrupt_leaves_the_executor_usable(cluster, graph_plan):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    net, x, y = Towers(), torch.randn(4, 8), torch.randn(4, 8)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    gate = threading.Event()
+    try:
+        with build_executor(net, graph_plan({"left": A, "right": B}), cluster) as executor:
+            executor(x, y=y)
+            executor._workers.by_name[B].submit(lambda: gate.wait(10))
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                executor(x, y=y)
+            gate.set()
+            torch.testing.assert_close(executor(x, y=y), net(x, y=y))
+    finally:
+        gate.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_closed_executors_say_so(cluster, graph_plan):
