@@ -225,7 +225,9 @@ def tune_now(
         objective=objective or options["objective"],
         budget_s=budget_s or options["budget_s"],
         policy=options["policy"],
-        **{k: options[k] for k in ("compile", "run_s", "precision") if "run_s" in TuneConfig.__dataclass_fields__},
+        compile=options["compile"],
+        run_s=options["run_s"],
+        precision=options["precision"],
     )
     progress = options["progress"]
     progress = terminal_progress() if progress is None else progress or None

@@ -276,7 +276,9 @@ class State:
             return model(*args, **kwargs)
         mode = self.mode()
         if mode.pending is not None and mode.pending.done:
-            self._plan(mode, mode.pending_signature, args, kwargs)
+            found = self._plan(mode, mode.pending_signature, args, kwargs)
+            if found is not None and found.failure:
+                self._failed(mode, mode.pending_signature, found)
         signature = signature_of(args, kwargs)
         slot = mode.slots.get(signature)
         if slot is None or (slot.habits is not None and slot.waits and not slot.habits.reason()):

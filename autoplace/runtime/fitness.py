@@ -5,6 +5,7 @@
 - `RemovableHandle.next_id` grows with every registration of a hook anywhere; only then are the modules looked at.
   Removing a hook does not move it, so while a plan is unfit every look is a full one.
 - Flags that switch a module's habits (`training` of batch norms, `gradient_checkpointing`) are compared themselves.
+- Simple attributes of a model whose exported graph runs are constants there, and are compared with what they were.
 - A count of registered modules (PyTorch's global registration hook) grows when any model is changed; only then is the
   list of modules compared.
 
@@ -14,7 +15,8 @@ that is written into a `forward`, which the check of the plan meets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -154,6 +156,30 @@ class _Registrations:
 _registrations = _Registrations()
 
 
+_Frozen = list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any], Any]]
+
+
+def _simple_attributes(model: torch.nn.Module) -> _Frozen:
+    """Return what an exported graph holds as constants: (holder, getter, values) of each module and configuration."""
+    holders = {id(holder): holder for m in model.modules() for holder in (m, getattr(m, "config", None))}
+    frozen: _Frozen = []
+    for holder in holders.values():
+        attributes = getattr(holder, "__dict__", {})
+        simple = [k for k, v in attributes.items() if v is None or isinstance(v, (bool, int, float, str))]
+        names = [name for name in simple if name not in _CHECKPOINTING]  # these have a reason of their own
+        if names:
+            get = itemgetter(*names)
+            frozen.append((attributes, get, get(attributes)))
+    return frozen
+
+
+def _as_frozen(frozen: _Frozen) -> bool:
+    try:
+        return all(get(attributes) == values for attributes, get, values in frozen)
+    except KeyError:  # one was deleted
+        return False
+
+
 class Habits:
     """Whether a plan that was fit still is.
 
@@ -168,6 +194,7 @@ class Habits:
         self._model, self._plan, self._training = model, plan, training
         self._modules = [id(module) for module in model.modules()]
         self._registered = _registrations.count
+        self._frozen = _simple_attributes(self._model) if plan.engine == "graph" else []
         self._look()
 
     def reason(self) -> str:
@@ -177,6 +204,7 @@ class Habits:
             or self._reason
             or self._registered != _registrations.count
             or (self._watched and self._read() != self._flags)
+            or (self._frozen and not _as_frozen(self._frozen))
         ):
             self._look()
         return self._reason
@@ -188,6 +216,9 @@ class Habits:
             self._reason = "modules of the model were replaced since it was planned; call tune() to plan again"
             return
         self._registered = registered
+        if not _as_frozen(self._frozen):
+            self._reason = "attributes of the model changed since its graph was exported; call tune() to plan again"
+            return
         parts = max(1, len(self._plan.replicas)) * self._plan.microbatches
         norms = (_BatchNorm, _InstanceNorm) if parts > 1 else ()
         self._watched: list[tuple[torch.nn.Module, str]] = [(m, "training") for m in modules if isinstance(m, norms)]

@@ -124,3 +124,18 @@ def test_hooks_for_all_modules_count(plans):
     finally:
         handle.remove()
     assert not fitness.has_global_hooks()
+
+
+def test_habits_notice_attributes_that_a_graph_holds_as_constants(plans):
+    model = _model(torch.nn.Dropout(0.5))
+    model.scale, model.config = 1.0, SimpleNamespace(depth=2)
+    graph, threads = (Habits(model, plan, training=True) for plan in (plans.graph, plans.stages))
+    assert graph.reason() == ""
+    for holder, name, value in ((model, "scale", 2.0), (model[2], "p", 0.1), (model.config, "depth", 3)):
+        before = getattr(holder, name)
+        setattr(holder, name, value)
+        assert "attributes of the model changed" in graph.reason() and threads.reason() == ""
+        setattr(holder, name, before)
+        assert graph.reason() == ""
+    del model.scale
+    assert "attributes of the model changed" in graph.reason()

@@ -200,3 +200,27 @@ def test_closing_cancels_a_tuning_in_the_background(tunes, net):
 
     with pytest.raises(TuningCancelled):
         pending.result()
+
+
+def test_a_tuning_in_the_background_that_fails_is_not_tried_again(tunes, net, monkeypatch):
+    import time
+
+    import autoplace.planning as planning
+
+    tries = []
+
+    def fails(*_, **__):
+        tries.append(1)
+        raise RuntimeError("nothing to be found")
+
+    monkeypatch.setattr(planning, "tune_now", fails)
+    wrapper, x = tunes(net.eval(), background=True), torch.randn(8, 8)
+    with torch.no_grad():
+        wrapper(x)
+        while not wrapper._state.mode().pending.done:
+            time.sleep(0.01)
+        with pytest.warns(UserWarning, match="planning failed: nothing to be found"):
+            torch.testing.assert_close(wrapper(x), net(x))
+        for _ in range(3):
+            wrapper(x)
+        assert tries == [1] and wrapper.plan.is_plain
