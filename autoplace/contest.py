@@ -200,9 +200,9 @@ class Contest:
                 refuse=trials.refuse,
                 spent=lambda: self._rounds.left_s("search") <= 0,
             )
-        if self._config.compile is not False and not trials.knows(COMPILED):
-            if self._config.compile is True or self._rounds.left_s("search") > 0:
-                trials.measure(COMPILED, knob_label(COMPILED), lambda _gains: False)
+        allowed, asked = self._config.compile is not False, self._config.compile is True
+        if allowed and not trials.knows(COMPILED) and (asked or self._rounds.left_s("search") > 0):
+            trials.measure(COMPILED, knob_label(COMPILED), lambda _gains: False)
         if trials.not_compiled:
             self.notes.append(f"Plans were not compiled: {trials.not_compiled}.")
         return trials.rows

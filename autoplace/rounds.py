@@ -28,6 +28,8 @@ __all__ = ["COMPILED", "Rounds"]
 
 SHARES = {"screen": 0.25, "again": 0.1, "search": 0.35, "decide": 0.3}
 """Step to its part of the budget, in the order of the steps."""
+_LEAST_SHARE = 0.5
+"""What a step may have of its share whatever the steps before it took."""
 COMPILED = Plan.plain().with_(compiled=True)
 """Plain `torch.compile`."""
 _WARMUP = 2
@@ -137,8 +139,10 @@ class Rounds:
         rounds = max(min(wanted, _LEAST_ROUNDS), min(wanted, able))
         plans = [Plan.plain(), Plan.plain(), *(c.plan for c in chosen)]
         self._total += len(plans) * (warmup + rounds)
+        # A step that overran, by a pass that was waited for or by compiling, must not take the deciding run away.
+        until_s = max(self.until_s(step), time.perf_counter() + _LEAST_SHARE * SHARES[step] * self._config.budget_s)
         plain, again, *outcomes = self._evaluator.evaluate_interleaved(
-            plans, rounds, warmup=warmup, settle=settle, until_s=self.until_s(step)
+            plans, rounds, warmup=warmup, settle=settle, until_s=until_s
         )
         if not plain.feasible:
             raise InputError(f"plain PyTorch cannot run this model on these inputs: {plain.reason}")
