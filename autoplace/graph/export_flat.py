@@ -67,16 +67,13 @@ def export_flat(
     with _lock, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         grad = torch.is_grad_enabled()
-        examples = tuple(
-            (t.clone() if t.is_inference() else t).detach().requires_grad_(t.requires_grad) for t in tensors
-        )
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(preserve_random())
         stack.enter_context(_quiet())
         if grad:
             stack.enter_context(_no_checkpoints())
         try:
-            return _export(module, examples, batch)
+            return _export(module, tensors, batch)
         except _Checkpointed:
             raise CaptureError(
                 "the model checkpoints activations, which an exported graph would not; use another engine"
@@ -87,24 +84,25 @@ def export_flat(
             raise CaptureError(f"the model cannot be exported ({type(error).__name__}{told[:200]})") from error
 
 
-def _example(tensor: torch.Tensor) -> torch.Tensor:
-    own = tensor.clone() if tensor.is_inference() else tensor.detach()
-    return own.requires_grad_(tensor.requires_grad)
+def _examples(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return tensors to export with. A failed attempt leaves marks on its own, which would make the next dynamic."""
+    own = [t.clone() if t.is_inference() else t for t in tensors]
+    return tuple(o.detach().requires_grad_(t.requires_grad) for o, t in zip(own, tensors, strict=True))
 
 
 def _export(
-    module: torch.nn.Module, tensors: tuple[torch.Tensor, ...], batch: int | None
+    module: torch.nn.Module, tensors: Sequence[torch.Tensor], batch: int | None
 ) -> torch.export.ExportedProgram:
     free = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
     if batch is not None and batch > 1 and any(free):
         shapes = {"tensors": tuple({0: torch.export.Dim.AUTO} if is_free else None for is_free in free)}
         try:
-            return torch.export.export(module, tensors, strict=False, dynamic_shapes=shapes)
+            return torch.export.export(module, _examples(tensors), strict=False, dynamic_shapes=shapes)
         except _Checkpointed:
             raise
         except Exception:  # whatever it is, the sizes as they are may do
             pass
-    return torch.export.export(module, tensors, strict=False)
+    return torch.export.export(module, _examples(tensors), strict=False)
 
 
 @contextmanager

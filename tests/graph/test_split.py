@@ -164,6 +164,21 @@ def test_what_cannot_be_cut_says_why():
         cut(Replaces(), {}, torch.randn(2, 2))
 
 
+def test_an_export_that_cannot_keep_the_batch_free_fixes_it():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x)).reshape(2, 3, 2) if torch.compiler.is_exporting() else self.b(self.a(x))
+
+    x = torch.randn(6, 2, requires_grad=True)
+    program = cut(Fixed(), {"a": "A", "b": "B"}, x, batch=6)
+    assert program.accepts([x]) and not program.accepts([torch.randn(4, 2)])
+    assert not [name for name in vars(x) if "dynamo" in name]
+
+
 def test_modules_to_trace_share_tensors_and_nothing_else():
     net = Net()
     with modules_to_trace(net) as copied:
