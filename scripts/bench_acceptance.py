@@ -25,7 +25,7 @@ from typing import Any
 
 from acceptance_cases import EXECUTORS, FREE, TOLERANCES, run_case
 from acceptance_models import ARCHITECTURES, names
-from results import save
+from results import provenance, save
 
 ROWS = Path(__file__).resolve().parent.parent / "build" / "acceptance.jsonl"
 IN_PROCESSES = ("bert", "gpt2", "t5", "vit", "patchtsmixer")
@@ -96,9 +96,12 @@ def run_here(name: str, options: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     executors = executors_of(name, options)
     forced = [e for e in executors if e != FREE]
+    commit = provenance(seed=0)["commit"]
     for mode in options.modes:
         budget_s = options.budget_s if FREE in executors else None
         row = run_case(name, training=mode == "training", executors=forced, budget_s=budget_s)
+        for cell in row["cells"].values():
+            cell["commit"] = commit
         print(_MARK + json.dumps(row), flush=True)
 
 
@@ -241,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = not options.only and len(options.modes) == len(MODES)
     if whole:
         fine = fine and found["rungs"]["eval"]["export"] >= WANTED_EXPORTS
-        print(save("acceptance", seed=0, data={"counts": found, "tolerances": vars(TOLERANCES), "rows": rows}))
+        commits = sorted({c.get("commit", "not recorded") for row in rows for c in row["cells"].values()})
+        data = {"counts": found, "commits": commits, "tolerances": vars(TOLERANCES), "rows": rows}
+        print(save("acceptance", seed=0, data=data))
     return 0 if fine else 1
 
 
