@@ -369,12 +369,14 @@ class State:
             watch.monitor.observe((time.perf_counter() - start) * 1e3)
             return output
         except ExecutionError as error:
-            if mode.slots.get(signature) is slot:
-                mode.slots[signature] = Slot(Plan.plain(), cluster=slot.cluster)
-                if not mode.common and mode.first is not slot:
-                    slot.close()
-            self.once(f"cannot {error}", f"autoplace runs this batch by plain PyTorch: {error}")
-        return model(*args, **kwargs)
+            refusal = str(error)
+        output = model(*args, **kwargs)  # where the executor met the model's own error, this raises it
+        if mode.slots.get(signature) is slot:
+            mode.slots[signature] = Slot(Plan.plain(), cluster=slot.cluster)
+            if not mode.common and mode.first is not slot:
+                slot.close()
+        self.once(f"cannot {refusal}", f"autoplace runs this batch by plain PyTorch: {refusal}")
+        return output
 
     def _replanned(
         self, mode: Mode, slot: Slot, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -15,6 +15,8 @@ from autoplace.plan import Replica
 
 A, B = "host0/cpu:0", "host0/cpu:1"
 SHAPES = ("plain", "single", "replicas", "stages", "pipeline")
+ENGINES = {"graph": "graph", "processes": "processes"}
+"""Further shapes: stages of the exported graph, and replicas in processes."""
 
 
 def plan_of(shape: str, model: torch.nn.Module) -> Plan:
@@ -23,12 +25,17 @@ def plan_of(shape: str, model: torch.nn.Module) -> Plan:
         return Plan.plain()
     if shape == "single":
         replicas = (Replica(assignment={".": A}),)
-    elif shape == "replicas":
+    elif shape in ("replicas", "processes"):
         replicas = (Replica(assignment={".": A}, share=0.75), Replica(assignment={".": B}, share=0.25))
     else:
         names = [name for name, _ in model.named_children()]
         replicas = (Replica(assignment={n: A if 2 * i < len(names) else B for i, n in enumerate(names)}),)
-    return Plan(replicas=replicas, strategy="test", microbatches=2 if shape == "pipeline" else 1)
+    return Plan(
+        replicas=replicas,
+        strategy="test",
+        microbatches=2 if shape == "pipeline" else 1,
+        engine=ENGINES.get(shape, "threads"),
+    )
 
 
 @pytest.fixture
