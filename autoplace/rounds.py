@@ -1,7 +1,7 @@
 """Interleaved rounds of candidates beside plain PyTorch, on a budget of wall seconds that the steps of a tuning share.
 
 Each step has to leave the later ones their part (→ `SHARES`); what one leaves over goes to the next. A pass that
-overruns its limit is left behind in its threads, which may disturb what runs after it.
+overruns its limit is given up; what its threads still do may disturb what runs after it.
 """
 
 from __future__ import annotations

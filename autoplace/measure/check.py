@@ -256,7 +256,7 @@ def check_plan(
         The verdict; never raises for wrong numbers.
 
     Raises:
-        ExecutionError: If a pass overruns `limit_s`; it is left behind in its threads.
+        ExecutionError: If a pass overruns `limit_s`; what workers do of it goes on to its end.
         Exception: Whatever the model or the executor raises.
     """
     reference = reference or Reference(workload, step_size=config.step_size)

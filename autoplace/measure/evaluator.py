@@ -7,8 +7,8 @@ train/eval flags, random state.
 
 1. A pass is `Workload.step`: the forward, and in training loss and backward into `.grad`. Setting `.grad` to None
    before it is not timed.
-2. A plan that hangs is left behind in its threads. Those may keep cores busy and disturb what is measured after it; the
-   reason says that it was left.
+2. A plan that hangs is given up; what its threads do goes on, and may keep cores busy and disturb what is measured
+   after it.
 3. Energy is counted over the timed passes themselves; where GPU counters are read, which tick slowly, over a stretch of
    `energy_stretch_s` after them.
 4. Executors are kept from one call to the next when `keep` says so; `close` then ends them. → `measure.pool`

@@ -12,31 +12,32 @@ Knows nothing of plans. Definitions:
 - *A/A noise* is the largest of |median - 1| and half the interquartile range of the pair ratios of two series of the
   same thing. A win counts when the median pair ratio exceeds 1 by more than that. → `aa_noise`
 
-A run that overruns its limit cannot be stopped. It is waited for a while all the same, since its backward would add to
-gradients that by then are the user's; after that it is left behind in its thread, which may keep a core busy. → `Guard`
+Runs are made by the calling thread itself. A second thread that uses OpenMP has a thread team of its own; with two
+teams on the same cores libgomp's threads sleep where they would spin, and plain PyTorch was 2.3 times slower in such a
+thread, and beside it, than alone [measured: 2 cores, CLIP, batch 2, 2026-11-24]. A run that overruns its limit is
+therefore stopped by an exception raised in the calling thread: at its next Python instruction, or where it waits for a
+worker. What a worker is doing then goes on to its end there. → `Guard`
 """
 
 from __future__ import annotations
 
+import ctypes
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures import wait
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from autoplace.errors import ExecutionError, InputError
-from autoplace.hands_off import stop_at_exit
-from autoplace.runtime.worker import TaskThread
 
 __all__ = ["Guard", "aa_noise", "interleave", "pair_ratios", "summary", "synchronize"]
 
 T = TypeVar("T")
 
-_GRACE = (10.0, 20.0, 60.0)
-"""How long a run that overran is waited for: at least, times its limit, at most (seconds, factor, seconds)."""
+_TICK_S = 0.05
+"""How often the clock is looked at: a run may overrun by so much before it is stopped."""
 
 
 def synchronize() -> None:
@@ -46,44 +47,62 @@ def synchronize() -> None:
             torch.cuda.synchronize(index)
 
 
+class _Overran(BaseException):
+    """Raised in the thread whose run overran; no `except Exception` on the way takes it for a failure of its own."""
+
+
 class Guard:
-    """Runs functions in a thread that can be left behind when one of them does not return in time."""
+    """Runs functions in the calling thread, and stops one that does not return in time."""
 
     def __init__(self) -> None:
-        self._thread: TaskThread | None = None
+        self._lock = threading.Lock()
+        self._running: tuple[int, float] | None = None
+        """The thread that is in a run, and when its time is up."""
+        self._closed = threading.Event()
+        self._watch: threading.Thread | None = None
 
     def run(self, fn: Callable[[], T], limit_s: float) -> T:
         """Return what `fn` returns, raising what it raises.
 
         Args:
-            fn: Runs with the caller's intra-op thread count, on any core.
+            fn: What to run. A single operation that takes long is not interrupted.
             limit_s: Seconds it may take.
 
         Raises:
-            ExecutionError: If it takes longer, once it is over or `_GRACE` has passed; then its thread is left behind
-                and the next run gets a new one.
+            ExecutionError: If it takes longer.
         """
-        if self._thread is None:
-            self._thread = TaskThread("measure", threads=torch.get_num_threads())
-        future = self._thread.submit(fn)
+        if self._watch is None:
+            self._closed.clear()
+            self._watch = threading.Thread(target=self._look, name="measure limit", daemon=True)
+            self._watch.start()
+        threads = torch.get_num_threads()
+        overran = False
         try:
-            return future.result(timeout=limit_s)
-        except FutureTimeoutError:
-            if future.done():  # in this moment, or with a timeout of its own
-                return future.result()
-        least_s, factor, most_s = _GRACE
-        wait([future], timeout=min(most_s, max(least_s, factor * limit_s)))
-        left = ""
-        if not future.done():
-            stop_at_exit(self._thread.ident)
-            self._thread, left = None, " and was left behind in its threads"
-        raise ExecutionError(f"it did not finish within {limit_s:g} s{left}; allow more time or drop it")
+            try:
+                self._running = (threading.get_ident(), time.monotonic() + limit_s)
+                return fn()
+            finally:
+                with self._lock:
+                    self._running = None
+        except _Overran:
+            overran = True
+        finally:
+            if torch.get_num_threads() != threads:  # stopped where it had set a count of its own
+                torch.set_num_threads(threads)
+        assert overran
+        raise ExecutionError(f"it did not finish within {limit_s:g} s and was stopped; allow more time or drop it")
+
+    def _look(self) -> None:
+        while not self._closed.wait(_TICK_S):
+            with self._lock:
+                if self._running is not None and time.monotonic() > self._running[1]:
+                    ident, self._running = self._running[0], None
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(_Overran))
 
     def close(self) -> None:
-        """End the thread."""
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
+        """End the thread that looks at the clock."""
+        self._closed.set()
+        self._watch = None
 
 
 def interleave(

@@ -17,6 +17,8 @@ __all__ = ["Channel"]
 _LENGTH = struct.Struct("<Q")
 _SPIN_S = 50e-6
 """How long a wait spins: about what being woken costs."""
+_LOOK_UP_MS = 200.0
+"""A thread that waits comes back to Python so often, where it can be stopped."""
 _CHUNK_BYTES = 1 << 16
 _SEND_LIMIT_S = 60
 
@@ -82,8 +84,8 @@ class Channel:
         return message
 
     def _block(self, deadline: float | None) -> None:
-        left_ms = None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1e3)
-        if not self._poll.poll(left_ms):
+        left_ms = _LOOK_UP_MS if deadline is None else (deadline - time.monotonic()) * 1e3
+        if not self._poll.poll(min(_LOOK_UP_MS, max(0.0, left_ms))) and left_ms <= _LOOK_UP_MS and deadline is not None:
             raise TimeoutError
 
     def shut(self) -> None:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 
 from autoplace.errors import ExecutionError
-from autoplace.hands_off import hands_off, is_hands_off
+from autoplace.hands_off import hands_off, is_hands_off, stop_at_exit
 from autoplace.hardware.cluster import Cluster, Device
 from autoplace.outcome import Span
 
@@ -38,6 +39,8 @@ __all__ = ["DeviceWorker", "Ledger", "TaskThread", "group_cores", "spread_busy",
 
 T = TypeVar("T")
 
+_LOOK_UP_S = 0.2
+"""A thread that waits comes back to Python so often, where it can be stopped → `measure.protocol.Guard`."""
 _MAX_TASKS = 4096
 """Tasks that a ledger keeps for a timeline until they are asked for."""
 _MAX_PENDING_EVENTS = 256
@@ -222,7 +225,7 @@ class TaskThread:
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._ledger = Ledger()
         self._streams = Streams()
-        self._closed = False
+        self._closed = self._busy = False
         self._lock = threading.Lock()
         ready: Future[None] = Future()
         before = torch.get_num_threads()
@@ -262,7 +265,7 @@ class TaskThread:
     @staticmethod
     def wait(future: Future[T]) -> T:
         """Return a task's result, with the caller's CUDA streams ordered behind the task; raise what it raised."""
-        result = future.result()
+        result = _patiently(future) if isinstance(future, Future) else future.result()
         wait_events(getattr(future, "events", ()))
         return result
 
@@ -287,6 +290,8 @@ class TaskThread:
             if not self._closed:
                 self._closed = True
                 self._queue.put(None)
+                if self._busy:  # for long perhaps: a run that was given up
+                    stop_at_exit(self.ident)
 
     def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger], label: str) -> T:
         start = time.perf_counter()
@@ -309,7 +314,9 @@ class TaskThread:
             return
         ready.set_result(None)
         while (task := self._queue.get()) is not None:
+            self._busy = True
             self._run_one(task)
+            self._busy = False
             del task  # its tensors must not live until the next one
 
     def _run_one(self, task: _Task) -> None:
@@ -326,6 +333,16 @@ class TaskThread:
             future.set_exception(error)
         else:
             future.set_result(result)
+
+
+def _patiently(future: Future[T]) -> T:
+    """Return a future's result, coming back to Python while it is not there."""
+    while True:
+        try:
+            return future.result(timeout=_LOOK_UP_S)
+        except FutureTimeoutError:
+            if future.done():  # in this moment, or with a timeout of its own
+                return future.result()
 
 
 class DeviceWorker(TaskThread):
