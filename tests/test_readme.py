@@ -45,10 +45,24 @@ def test_every_speed_up_in_the_table_is_a_kept_result():
     if not results.exists():
         pytest.skip("needs the repository's results")
     data = json.loads(results.read_text(encoding="utf-8"))
-    kept = [f"{row['chosen_speedup']:.2f}" for row in data["rows"]]
-    shown = re.findall(r"\| (\d\.\d\d) \(\d\.\d\d–\d\.\d\d\) \|", README.read_text(encoding="utf-8"))
-    assert shown == kept
-    assert data["provenance"]["commit"] in README.read_text(encoding="utf-8")
+    rows = {
+        (row["model"], row["mode"], row["precision"], row["batch"]): f"{row['over']['eager']['ratio']:.2f}"
+        for row in data["rows"]
+    }
+    text = README.read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (\w+) \| (inference|training) \| (float32|auto) \|(.*)\|$", text, re.MULTILINE)
+    found = {
+        (model, mode, precision, batch): ratio
+        for model, mode, precision, cells in shown
+        for batch, cell in zip((2, 16), cells.split("|"), strict=True)
+        for ratio in re.findall(r"^ (\d\.\d\d) \(", cell)
+    }
+    assert found and found == {key: rows[key] for key in found}
+    assert set(rows) == set(found), "no case is left out"
+    for name, mean in data["geometric_means"].items():
+        if name.endswith("over eager"):
+            assert f"{mean['ratio']:.3f}" in text, name
+    assert data["provenance"]["commit"] in text
 
 
 def test_every_ratio_of_the_planner_is_a_kept_result():
