@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autoplace.knobs import knob_label
 from autoplace.measure.pool import plan_key
 from autoplace.plan import Plan
 from autoplace.problem import Problem
@@ -139,10 +138,11 @@ def _keep(name: str) -> int:
 
 
 def _label(plan: Plan, proposers: Sequence[str]) -> str:
-    """Name a placement by who proposed it; one device needs no such name, as nearly every strategy proposes it."""
     names = ", ".join(proposers)
     if plan.shape == "single":
-        return knob_label(plan)
+        device = plan.devices[0]
+        threads = plan.threads.get(device)
+        return f"{names} {device.split('/')[-1]}" + (f" ({threads} threads)" if threads else "")
     if plan.shape == "replicas":
         return f"{names} " + "/".join(f"{r.share:.2f}" for r in plan.replicas)
     return f"{names} x{plan.microbatches}"
