@@ -19,7 +19,7 @@ The energy of compiling is not counted: nobody measured it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from autoplace.measure.protocol import aa_noise, pair_ratios
@@ -81,15 +81,10 @@ def compare(
     Returns:
         None when either is infeasible, or when energy counts and the two have no figures of one source.
     """
-    energy = _energy_ratio(plain, other, objective)
-    if energy is None:
+    gain = _gain_of(plain, other, objective, compile_s, run_s)
+    if gain is None:
         return None
     speedup, quartiles = pair_ratios(plain.samples_ms, other.samples_ms)
-    weight = objective.energy_weight
-
-    def gain(ratio: float) -> float:
-        return paid_back(ratio, compile_s, run_s) ** (1.0 - weight) * energy**weight
-
     return Ratio(speedup=speedup, speedup_interval=quartiles, gain=gain(speedup), gain_low=gain(quartiles[0]))
 
 
@@ -102,12 +97,20 @@ def pair_gains(
     run_s: float = math.inf,
 ) -> list[float]:
     """Return the gain of every pair of one interleaved run, see `compare`; empty when they cannot be compared."""
-    energy = _energy_ratio(plain, other, objective)
-    if energy is None:
+    gain = _gain_of(plain, other, objective, compile_s, run_s)
+    if gain is None:
         return []
-    weight = objective.energy_weight
-    ratios = [a / b for a, b in zip(plain.samples_ms, other.samples_ms, strict=True)]
-    return [paid_back(ratio, compile_s, run_s) ** (1.0 - weight) * energy**weight for ratio in ratios]
+    return [gain(a / b) for a, b in zip(plain.samples_ms, other.samples_ms, strict=True)]
+
+
+def _gain_of(
+    plain: Outcome, other: Outcome, objective: Objective, compile_s: float, run_s: float
+) -> Callable[[float], float] | None:
+    """Return what makes a latency ratio a gain in the objective; None when there is nothing to compare."""
+    energy, weight = _energy_ratio(plain, other, objective), objective.energy_weight
+    if energy is None:
+        return None
+    return lambda ratio: paid_back(ratio, compile_s, run_s) ** (1.0 - weight) * energy**weight
 
 
 def _energy_ratio(plain: Outcome, other: Outcome, objective: Objective) -> float | None:

@@ -32,7 +32,8 @@ from .segments import wait_all
 from .sites import Call, Rows, Site, autocast_dtype, finish
 from .tree import shared_object
 from .turns import Turns, take_turn
-from .worker import DeviceWorker, Ledger, TaskThread, spread_busy
+from .worker import TaskThread
+from .workers import Workers
 
 __all__ = ["PartsExecutor"]
 
@@ -61,36 +62,24 @@ class PartsExecutor(Executor):
         self._targets = [{id(target.module): target for target in targets} for targets in replicas]
         self._labels = {key: target.path or "model" for targets in self._targets for key, target in targets.items()}
         self._compiler = Compiler()
-        self._ledger = Ledger()
         self._turns = Turns()
         self._controls: list[Site] = []
-        self._sites: dict[str, Site] = {}
-        self._workers: dict[str, DeviceWorker] = {}
         self._gated: list[torch.nn.Module] = []
         self._members: dict[int, list[dict[str, torch.nn.Parameter | None]]] = {}
         self._closed = False
+        used = dict.fromkeys(d for targets in self._targets for t in targets.values() for d in t.calls.values())
+        self._workers = Workers(plan, cluster, used)
+        compiler = self._compiler if plan.compiled else None
+        self._sites = {
+            name: Site(worker, self._workers.ledger, precision=plan.precision, compiler=compiler)
+            for name, worker in self._workers.by_name.items()
+        }
         with ExitStack() as stack:
             stack.callback(self.close)
-            self._start_workers()
             for target in [t for targets in self._targets if not self._whole(targets) for t in targets.values()]:
                 routing.install(target.module)
                 self._gated.append(target.module)
             stack.pop_all()
-
-    def _start_workers(self) -> None:
-        devices = {device.name: device for device in self.cluster.devices}
-        used = dict.fromkeys(d for targets in self._targets for t in targets.values() for d in t.calls.values())
-        if len({devices[name].host for name in used}) > 1:
-            raise ExecutionError(
-                "the plan uses devices of more than one host; one process runs the devices of one host"
-            )
-        for name in used:
-            device = devices[name]
-            host_cores = [c for d in self.cluster.devices if d.host == device.host for c in d.cores]
-            worker = DeviceWorker(device, self.plan.threads.get(name), host_cores)
-            self._workers[name] = worker
-            compiler = self._compiler if self.plan.compiled else None
-            self._sites[name] = Site(worker, self._ledger, precision=self.plan.precision, compiler=compiler)
 
     def _whole(self, targets: Mapping[int, routing.Target]) -> str | None:
         """Return the one device of a replica that lies wholly on it."""
@@ -175,22 +164,12 @@ class PartsExecutor(Executor):
         return finish(call, wait_all([self._sites[device].start(call)]))
 
     def busy_ms(self) -> dict[str, float]:
-        """Return device name to busy milliseconds since the last call.
-
-        A worker that may use all cores of its host keeps all its core groups busy, by the part of the cores that its
-        threads can fill.
-        """
-        busy = dict.fromkeys(self._workers, 0.0)
-        for name, busy_ms in self._ledger.take().items():
-            worker = self._workers[name]
-            filled = (worker.threads or 1) / max(1, len(worker.cores)) if worker.wide else None
-            for device, device_ms in spread_busy(self.cluster, worker.device, busy_ms, filled).items():
-                busy[device] = busy.get(device, 0.0) + device_ms
-        return busy
+        """Return device name to busy milliseconds since the last call; see `Workers.busy_ms`."""
+        return self._workers.busy_ms()
 
     def timeline(self) -> tuple[Span, ...]:
         """Return what ran when on the CPU devices since the last call, from the start of the first task."""
-        return self._ledger.take_spans()
+        return self._workers.ledger.take_spans()
 
     def compile_s(self) -> float:
         """Return the wall seconds that calls of this executor have spent in `torch.compile`, over all workers."""
@@ -203,5 +182,6 @@ class PartsExecutor(Executor):
         self._closed = True
         for module in self._gated:
             routing.remove(module)
-        for site in [*self._sites.values(), *self._controls]:
+        self._workers.close()
+        for site in self._controls:
             site.thread.close()
