@@ -52,7 +52,7 @@ def training_record(config: TrainConfig, facts: TrainingFacts) -> dict[str, Any]
     return {
         "command": config.command,
         "stages": list(config.ordered_stages),
-        "seconds": {stage: round(value, 1) for stage, value in facts.seconds.items()},
+        "seconds": {stage: round(value, 3) for stage, value in facts.seconds.items()},
         "started_from": None if config.start is None else config.start.name,
         "training_problems": facts.problems,
         "captured": facts.captured,

@@ -19,7 +19,6 @@ process-wide before Python 3.14), and threads that PyTorch starts.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import logging
 import os
@@ -32,6 +31,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from autoplace.interrupt import raise_in
 
 __all__ = ["hands_off", "is_hands_off", "silent", "stop_at_exit"]
 
@@ -176,7 +177,7 @@ def _stop_marked() -> None:
         for ident in idents:
             if now - sent.get(ident, -_EXIT_REPEAT_S) >= _EXIT_REPEAT_S:
                 sent[ident] = now
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(SystemExit))
+                raise_in(ident, SystemExit)
         time.sleep(0.005)
 
 

@@ -5,14 +5,14 @@
 3. `module`: the model as one op, → `_one_op`.
 
 The first rung that works is taken, and why the ones above it failed is kept as the reason. The model is the same before
-and after, → `preserve_model`.
+and after, → `preserve_model`, and can be run by other threads meanwhile, → `graph.tracing`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from autoplace.graph.dispatch_capture import capture_by_dispatch
 from autoplace.graph.export_capture import capture_by_export
 from autoplace.graph.opgraph import OpGraph
 from autoplace.graph.preserve import preserve_model
+from autoplace.graph.tracing import modules_to_trace
 from autoplace.workload import Workload
 
 __all__ = ["Capture", "capture"]
@@ -58,6 +59,11 @@ def capture(workload: Workload) -> Capture:
     Raises:
         InputError: If the model itself raises on these inputs.
     """
+    with modules_to_trace(workload.model) as model:
+        return _climb(replace(workload, model=model))
+
+
+def _climb(workload: Workload) -> Capture:
     kwargs, reasons = capture_kwargs(workload), []
     try:
         graph, called, dynamic = _guarded(workload, kwargs, lambda: capture_by_export(workload, kwargs))

@@ -8,6 +8,7 @@ weak references keep a storage's identity from being used again without keeping 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -47,14 +48,17 @@ def capture_by_dispatch(workload: Workload, kwargs: Mapping[str, Any]) -> tuple[
 
 @contextmanager
 def _module_stack(recorder: Recorder, stack: list[str]) -> Iterator[None]:
-    """Keep the path of the innermost running module on top of `stack`."""
+    """Keep the path of the innermost module that runs in this thread on top of `stack`."""
+    own = threading.get_ident()
 
     def enter(module: torch.nn.Module, args: Any) -> None:
+        if threading.get_ident() != own:
+            return
         stack.append(recorder.paths.get(id(module), stack[-1]))
         recorder.called.add(stack[-1])
 
     def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if len(stack) > 1:
+        if threading.get_ident() == own and len(stack) > 1:
             stack.pop()
 
     before = torch.nn.modules.module.register_module_forward_pre_hook(enter)

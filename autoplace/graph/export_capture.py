@@ -30,6 +30,7 @@ from autoplace.graph.op_costs import (
 )
 from autoplace.graph.opgraph import OpGraph
 from autoplace.graph.recorder import Recorder, Value
+from autoplace.graph.tracing import traces_alone
 from autoplace.hands_off import is_hands_off, silent
 from autoplace.workload import Workload
 
@@ -71,7 +72,7 @@ def _export(workload: Workload, kwargs: Mapping[str, Any], *, dynamic: bool) -> 
     shapes = None
     if dynamic and size > 1:
         shapes = _dynamic_shapes(workload, kwargs, spec)
-    with _quiet(), _unmarked((workload.args, kwargs)), torch.set_grad_enabled(workload.training):
+    with traces_alone(), _quiet(), _unmarked((workload.args, kwargs)), torch.set_grad_enabled(workload.training):
         return torch.export.export(workload.model, workload.args, dict(kwargs), strict=False, dynamic_shapes=shapes)
 
 

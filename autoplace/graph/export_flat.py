@@ -4,13 +4,11 @@ Unlike the capture for planning it must be right for every call that it is used 
 would lose (activation checkpointing), and follows the caller's modes of gradients and autocast. The graph has to be run
 under the same autocast: what the model asks of types is fixed by it (`.to(x.dtype)`), casts of its own are not in it.
 
-While it traces, export puts fake tensors into the modules' places for parameters, and patches PyTorch. Other threads
-may be running the model, so a copy of its modules is traced where there can be one, and one thread exports at a time.
+Other threads may be running the model meanwhile → `graph.tracing`.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,33 +19,17 @@ from torch.utils import checkpoint
 
 from autoplace.errors import CaptureError
 from autoplace.graph.export_capture import _quiet
-from autoplace.graph.preserve import preserve_model, preserve_random
+from autoplace.graph.preserve import preserve_random
+from autoplace.graph.tracing import traces_alone
 
-__all__ = ["export_flat", "modules_to_trace"]
+__all__ = ["export_flat"]
 
-_lock = threading.RLock()
 _CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "CheckpointFunction")
 """What every way to call `torch.utils.checkpoint.checkpoint` ends in, as names of its module."""
 
 
 class _Checkpointed(Exception):
     """Raised when the model checkpoints activations as it is exported."""
-
-
-@contextmanager
-def modules_to_trace(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Give the modules that may be traced in a model's place: a copy that shares its parameters and buffers.
-
-    Where the model cannot be copied that is the model itself, which is then put back as it was.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    try:
-        copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    except Exception:  # whatever a model keeps that cannot be copied
-        with preserve_model(model):
-            yield model
-    else:
-        yield copied
 
 
 def export_flat(
@@ -64,7 +46,7 @@ def export_flat(
     Raises:
         CaptureError: If the module cannot be exported, or would lose something by it.
     """
-    with _lock, ExitStack() as stack:
+    with traces_alone(), ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         grad = torch.is_grad_enabled()
         stack.enter_context(torch.set_grad_enabled(grad))

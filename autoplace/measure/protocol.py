@@ -21,7 +21,6 @@ worker. What a worker is doing then goes on to its end there. → `Guard`
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 
 from autoplace.errors import ExecutionError, InputError
+from autoplace.interrupt import raise_in
 
 __all__ = ["Guard", "aa_noise", "interleave", "pair_ratios", "summary", "synchronize"]
 
@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 _TICK_S = 0.05
 """How often the clock is looked at: a run may overrun by so much before it is stopped."""
+_REPEAT_S = 5.0
+"""A run that goes on is stopped again after this time; sooner, it would cut clean-ups short."""
 
 
 def synchronize() -> None:
@@ -96,8 +98,9 @@ class Guard:
         while not self._closed.wait(_TICK_S):
             with self._lock:
                 if self._running is not None and time.monotonic() > self._running[1]:
-                    ident, self._running = self._running[0], None
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(_Overran))
+                    ident = self._running[0]
+                    self._running = (ident, time.monotonic() + _REPEAT_S)
+                    raise_in(ident, _Overran)
 
     def close(self) -> None:
         """End the thread that looks at the clock."""

@@ -22,9 +22,10 @@ import torch
 
 from autoplace.errors import CaptureError, ExecutionError
 from autoplace.graph.coarsen import group_modules
-from autoplace.graph.export_flat import export_flat, modules_to_trace
+from autoplace.graph.export_flat import export_flat
 from autoplace.graph.module_tree import prefixes
 from autoplace.graph.split import Split, split
+from autoplace.graph.tracing import modules_to_trace
 
 from .fitness import HOOKS, has_global_hooks, records_outputs
 from .tree import Tree, shared_object

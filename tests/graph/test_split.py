@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from autoplace.errors import CaptureError
-from autoplace.graph.export_flat import export_flat, modules_to_trace
+from autoplace.graph.export_flat import export_flat
 from autoplace.graph.split import split
+from autoplace.graph.tracing import modules_to_trace
 
 PLACES = {"A": torch.device("cpu"), "B": torch.device("cpu")}
 
