@@ -1,7 +1,7 @@
 """Trace a model in one thread while other threads go on running it.
 
-`torch.export` replaces `torch.nn.Module.__call__` and `__getattr__` for the whole process while it traces, and puts fake
-tensors into the modules' places for parameters. What is done about it, for a user whose threads serve meanwhile:
+`torch.export` replaces `torch.nn.Module.__call__` and `__getattr__` for the whole process while it traces, and puts
+fake tensors into the modules' places for parameters. What is done about it, for a user whose threads serve meanwhile:
 
 1. A copy of the modules is traced, which shares parameters and buffers → `modules_to_trace`.
 2. One thread traces at a time, and none compiles meanwhile: patches laid over each other would not be taken off in

@@ -13,6 +13,12 @@ Definitions, with a the plain tensor and b the plan's:
   a copy of the weights that nobody refreshed: its outputs have the error of outputs.
 - A plan passes when every error is at most `rtol` of its type, structure, types and shapes are equal, integers and
   booleans are equal, and the same parameters have no gradient.
+- Where a gradient, or what follows from it, fails that, rounding decides: the error may be `rounding_factor` times the
+  largest of its kind that plain PyTorch has against itself when its parameters move by rounding (8 eps, at random,
+  three times), up to `rounding_cap`. Gradients of a ReLU network are not continuous: in a CNN with batch normalisation
+  plain float32 gradients are 2e-3 from float64's, and moves of 8 eps change them by 1e-2, as another kernel's rounding
+  does [measured: ResNet, batch 16, 2026-11-24]. The outputs of the first forward and the buffers have no such leave.
+  → `Reference.rounding`
 
 Dropout is off and the random state is the same in both runs. What random numbers remain (noise in the model) differ
 between a plan of several parts and plain PyTorch, and such a plan fails, with a word about it. Tensors that require a
@@ -34,7 +40,7 @@ from autoplace.runtime import Executor
 from autoplace.runtime.tree import Tree
 from autoplace.workload import Workload, default_loss
 
-from .comparison import Run, Tolerances, compare, has_nan, largest_entry
+from .comparison import Comparison, Run, Tolerances, compare, has_nan, largest_entry
 from .preserve import RandomState, clear_gradients, no_dropout, preserved
 from .protocol import Guard
 
@@ -43,6 +49,9 @@ __all__ = ["CheckConfig", "CheckReport", "Reference", "check_plan"]
 T = TypeVar("T")
 
 _AFTER = " after an optimizer step"
+_ROUNDING_EPS = 8.0
+"""How far rounding is taken to move a parameter: in units of its type's eps, as a standard deviation."""
+_ROUNDING_PASSES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +92,7 @@ class Reference:
         *,
         step_size: float = CheckConfig.step_size,
     ) -> None:
-        self.workload = workload
+        self.workload, self._call = workload, call
         self._random = RandomState()
         self._buffers = {name: buffer.detach().clone() for name, buffer in workload.model.named_buffers()}
         with preserved(workload.model), no_dropout(workload.model), workload.mode():
@@ -92,8 +101,8 @@ class Reference:
             self.learning_rate = self._learning_rate(step_size)
             """Of the step that is compared; 0 = none is."""
             self.after_step = self.pass_after_step(self.run, call) if self.learning_rate else None
-        problem, *_ = compare(self.run, other, CheckConfig())
-        self.noisy = bool(problem)
+        self._rounding: tuple[Comparison, Comparison] | None = None
+        self.noisy = bool(compare(self.run, other, CheckConfig()).reason)
         """Whether two plain runs with different random numbers, dropout off, differ."""
 
     def _learning_rate(self, step_size: float) -> float:
@@ -102,6 +111,24 @@ class Reference:
         moved = [p.detach() for name, p in self._parameters() if self.run.grads[name] is not None]
         gradient = largest_entry(g for g in self.run.grads.values() if g is not None)
         return step_size * largest_entry(moved) / gradient if gradient else 0.0
+
+    def rounding(self) -> tuple[Comparison, Comparison]:
+        """Return the largest errors that rounding makes in a pass's gradients, and in everything after the step.
+
+        Nothing where parameters must not be moved.
+        """
+        if self._rounding is None:
+            first, second = self._rounding = Comparison(), Comparison()
+            for seed in range(_ROUNDING_PASSES if self.after_step is not None else 0):
+                with _rounded(dict(self._parameters()), seed):
+                    run = self.pass_(self._call)
+                after = self.pass_after_step(run, self._call)
+                found = compare(self.run, run, CheckConfig())
+                first.gradient_error = max(first.gradient_error, found.gradient_error)
+                found = compare(self.after_step, after, CheckConfig())
+                second.gradient_error = max(second.gradient_error, found.gradient_error)
+                second.output_error = max(second.output_error, found.output_error)
+        return self._rounding
 
     def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(self.workload.model.named_parameters())
@@ -206,23 +233,43 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 @contextmanager
+def _held(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Let parameters be changed in place, and give them back what they held, their version counters too."""
+    tensors = tuple(parameters.values())
+    values = [p.detach().clone() for p in tensors]
+    with _unsafe_preserve_version_counter(tensors):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(tensors, values, strict=True):
+                    parameter.copy_(value)
+
+
+@contextmanager
 def _stepped(
     parameters: Mapping[str, torch.nn.Parameter], grads: Mapping[str, torch.Tensor | None], learning_rate: float
 ) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Let every parameter with a gradient be stepped by it; yields those, and gives them back what they held."""
+    """Let every parameter with a gradient be stepped by it; yields those, and puts them back."""
     moved = {name: p for name, p in parameters.items() if grads[name] is not None}
-    tensors = tuple(moved.values())
-    held = [p.detach().clone() for p in tensors]
-    with _unsafe_preserve_version_counter(tensors):
-        try:
-            with torch.no_grad():
-                for name, parameter in moved.items():
-                    parameter.add_(grads[name], alpha=-learning_rate)  # type: ignore[arg-type]  # not None, see above
-            yield moved
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(tensors, held, strict=True):
-                    parameter.copy_(value)
+    with _held(moved):
+        with torch.no_grad():
+            for name, parameter in moved.items():
+                parameter.add_(grads[name], alpha=-learning_rate)  # type: ignore[arg-type]  # not None, see above
+        yield moved
+
+
+@contextmanager
+def _rounded(parameters: Mapping[str, torch.nn.Parameter], seed: int) -> Iterator[None]:
+    """Move every parameter by a few units of its type's rounding, at random, and put it back."""
+    moved = {name: p for name, p in parameters.items() if p.is_floating_point()}
+    with _held(moved):
+        with torch.no_grad():
+            for i, parameter in enumerate(moved.values()):
+                random = torch.Generator().manual_seed(1000 * seed + i)
+                noise = torch.randn(parameter.shape, generator=random).to(parameter)
+                parameter.mul_(1.0 + _ROUNDING_EPS * torch.finfo(parameter.dtype).eps * noise)
+        yield
 
 
 def _precision(own: str) -> str:
@@ -266,11 +313,19 @@ def check_plan(
     precision = _precision(executor.plan.precision)
     with preserved(workload.model), no_dropout(workload.model), workload.mode():
         run = reference.pass_(executor, limit_s=limit_s)
-        reason, output_error, gradient_error = compare(reference.run, run, config, precision)
+        found = compare(reference.run, run, config, precision)
+        if found.reason and config.rounding_factor:
+            found = compare(reference.run, run, config, precision, rounding=reference.rounding()[0])
+        reason, output_error, gradient_error = found.reason, found.output_error, found.gradient_error
         if not reason and reference.after_step is not None:
             again = reference.pass_after_step(run, executor, limit_s)
-            reason, *errors = compare(reference.after_step, again, config, precision, _AFTER)
-            output_error, gradient_error = max(output_error, errors[0]), max(gradient_error, errors[1])
+            found = compare(reference.after_step, again, config, precision, _AFTER)
+            if found.reason and config.rounding_factor:
+                rounding = reference.rounding()[1]
+                found = compare(reference.after_step, again, config, precision, _AFTER, rounding)
+            reason = found.reason
+            output_error = max(output_error, found.output_error)
+            gradient_error = max(gradient_error, found.gradient_error)
     if reason and reference.noisy:
         reason += " (the model draws random numbers besides dropout, so two plain runs differ too)"
     return CheckReport(ok=not reason, reason=reason, max_output_error=output_error, max_gradient_error=gradient_error)

@@ -9,7 +9,7 @@ import torch
 
 from autoplace.runtime.tree import Tree
 
-__all__ = ["Run", "Tolerances", "compare", "has_nan", "largest_entry"]
+__all__ = ["Comparison", "Run", "Tolerances", "compare", "has_nan", "largest_entry"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,20 @@ class Tolerances:
     """Outputs smaller than this everywhere are compared as if their largest entry had this size."""
     gradient_floor: float = 1e-5
     """A gradient may differ by this share of the largest entry of all gradients (times rtol / rtol_float32)."""
+    rounding_factor: float = 2.0
+    """A gradient's error may be this many times the largest that rounding makes; 0 = rtol decides alone."""
+    rounding_cap: float = 500.0
+    """But no more than this many times rtol, and than `rtol_bfloat16`."""
 
     def rtol(self, dtype: torch.dtype, precision: str = "float32") -> float:
         """Return the tolerance for a type under a plan's precision."""
         names = {torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
         own: float = getattr(self, f"rtol_{names.get(dtype, 'float32')}")
         return max(own, getattr(self, f"rtol_{precision}")) if precision != "float32" else own
+
+    def allowed(self, rtol: float, rounding: float) -> float:
+        """Return the tolerance for what rounding alone moves by an error of `rounding`."""
+        return max(rtol, min(self.rounding_factor * rounding, self.rounding_cap * rtol, self.rtol_bfloat16))
 
 
 @dataclass
@@ -48,14 +56,24 @@ class Run:
     """The largest entry of the step of each of those."""
 
 
-@dataclass
-class _Verdict:
-    config: Tolerances
-    precision: str
-    when: str = ""
+@dataclass(kw_only=True)
+class Comparison:
+    """What a comparison of two passes found."""
+
     reason: str = ""
+    """Why the other pass is not taken for the same, in one sentence; empty when it is."""
     output_error: float = 0.0
+    """The largest error of outputs, loss and buffers."""
     gradient_error: float = 0.0
+    """The largest error of gradients and stepped parameters."""
+
+
+@dataclass(kw_only=True)
+class _Verdict(Comparison):
+    config: Tolerances
+    precision: str = "float32"
+    when: str = ""
+    rounding: Comparison
 
     def fail(self, reason: str) -> None:
         self.reason = self.reason or reason + self.when
@@ -71,7 +89,8 @@ class _Verdict:
             return
         error = _difference(a, b) / max(_largest(a), self.config.floor)
         self.output_error = max(self.output_error, error)
-        self._judge(what, error, self.config.rtol(a.dtype, self.precision))
+        rtol = self.config.allowed(self.config.rtol(a.dtype, self.precision), self.rounding.output_error)
+        self._judge(what, error, rtol)
 
     def gradient(self, name: str, a: torch.Tensor | None, b: torch.Tensor | None, largest: float) -> None:
         """Compare a parameter's gradient."""
@@ -86,7 +105,7 @@ class _Verdict:
         scale = _largest(a) + self.config.gradient_floor / self.config.rtol_float32 * largest
         error = _difference(a, b) / scale if scale else _difference(a, b)
         self.gradient_error = max(self.gradient_error, error)
-        self._judge(what, error, self.config.rtol(a.dtype, self.precision))
+        self._judge(what, error, self._gradient_rtol(a.dtype))
 
     def stepped(self, name: str, a: torch.Tensor, b: torch.Tensor, step: float, largest: float) -> None:
         """Compare a parameter after an optimizer step; see the definitions in `check`."""
@@ -98,7 +117,10 @@ class _Verdict:
         gap = max(0.0, _difference(a, b) - rounding)
         error = gap / scale if scale else gap
         self.gradient_error = max(self.gradient_error, error)
-        self._judge(what, error, self.config.rtol(a.dtype, self.precision), "the step")
+        self._judge(what, error, self._gradient_rtol(a.dtype), "the step")
+
+    def _gradient_rtol(self, dtype: torch.dtype) -> float:
+        return self.config.allowed(self.config.rtol(dtype, self.precision), self.rounding.gradient_error)
 
     def _same_kind(self, what: str, a: torch.Tensor, b: torch.Tensor) -> bool:
         lowered = self.precision != "float32" and a.is_floating_point() and b.is_floating_point()
@@ -114,12 +136,17 @@ class _Verdict:
 
     def _judge(self, what: str, error: float, rtol: float, size: str = "its size") -> None:
         if not error <= rtol:
-            self.fail(f"{what} differs from plain PyTorch's by {error:.2g} of {size}, more than {rtol:g}")
+            self.fail(f"{what} differs from plain PyTorch's by {error:.2g} of {size}, more than {rtol:.2g}")
 
 
 def compare(
-    plain: Run, other: Run, config: Tolerances, precision: str = "float32", when: str = ""
-) -> tuple[str, float, float]:
+    plain: Run,
+    other: Run,
+    config: Tolerances,
+    precision: str = "float32",
+    when: str = "",
+    rounding: Comparison | None = None,
+) -> Comparison:
     """Compare two passes.
 
     Args:
@@ -128,13 +155,13 @@ def compare(
         config: Tolerances.
         precision: The plan's precision.
         when: Words that the reason ends with, for example " after an optimizer step".
-
-    Returns:
-        (reason or "", largest error of outputs, loss and buffers, largest error of gradients and stepped parameters)
+        rounding: The errors that rounding alone makes; None = the tolerances decide alone.
     """
-    verdict = _Verdict(config, precision, when)
+    verdict = _Verdict(config=config, precision=precision, when=when, rounding=rounding or Comparison())
     if not plain.output.same_structure(other.output):
-        return f"the output's structure differs from plain PyTorch's{when}", float("inf"), 0.0
+        verdict.fail("the output's structure differs from plain PyTorch's")
+        verdict.output_error = float("inf")
+        return verdict
     for i, (a, b) in enumerate(zip(plain.output.leaves, other.output.leaves, strict=True)):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             verdict.tensor(f"output {i}", a, b)
@@ -152,7 +179,7 @@ def compare(
     largest = max(plain.steps.values(), default=0.0)
     for name, value in plain.stepped.items():
         verdict.stepped(name, value, other.stepped[name], plain.steps[name], largest)
-    return verdict.reason, verdict.output_error, verdict.gradient_error
+    return verdict
 
 
 def has_nan(run: Run) -> str:

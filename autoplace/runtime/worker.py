@@ -8,18 +8,23 @@ nothing of models and plans.
    the process-wide count that later threads start with; the creator puts that back.
 2. A hand-over costs 8 us there and back on one core and 70 us to an idle core [measured: 2-core Xeon VM,
    `queue.SimpleQueue` and `concurrent.futures.Future`; a bare lock saves 2 us].
-3. Worker threads are daemons: a task that never returns is left behind and does not keep the process alive.
+3. Worker threads are daemons: a task that never returns is left behind and does not keep the process alive. At exit
+   they come to rest first: one that still lets go of its last task's tensors, in C++, while the interpreter finalizes
+   aborts the process → `come_to_rest`.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for
 from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -35,12 +40,14 @@ from autoplace.outcome import Span
 
 from .streams import Streams, mark_events, wait_events
 
-__all__ = ["DeviceWorker", "Ledger", "TaskThread", "group_cores", "spread_busy", "torch_device"]
+__all__ = ["DeviceWorker", "Ledger", "TaskThread", "come_to_rest", "group_cores", "spread_busy", "torch_device"]
 
 T = TypeVar("T")
 
 _LOOK_UP_S = 0.2
 """A thread that waits comes back to Python so often, where it can be stopped → `measure.protocol.Guard`."""
+_REST_LIMIT_S = 2.0
+"""At exit, all threads together get this long to come to rest."""
 _MAX_TASKS = 4096
 """Tasks that a ledger keeps for a timeline until they are asked for."""
 _MAX_PENDING_EVENTS = 256
@@ -232,6 +239,7 @@ class TaskThread:
         self._thread = threading.Thread(target=self._loop, args=(ready,), name=name, daemon=True)
         self._thread.start()
         ready.result()
+        _threads.add(self)
         # Same count for this thread, and again the count that threads to come start with (see note 1).
         torch.set_num_threads(before)
 
@@ -293,6 +301,21 @@ class TaskThread:
                 if self._busy:  # for long perhaps: a run that was given up
                     stop_at_exit(self.ident)
 
+    def rest(self, limit_s: float) -> None:
+        """Wait until the thread has let go of every task that it was given, or has ended; at most for some seconds."""
+        with self._lock:
+            last = (
+                None
+                if self._closed or not self._thread.is_alive()
+                else _Task(Future(), _nothing, _Modes(), None, "", [])
+            )
+            if last is not None:
+                self._queue.put(last)
+        if last is None:
+            self._thread.join(limit_s)
+        else:
+            wait_for([last.future], limit_s)
+
     def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger], label: str) -> T:
         start = time.perf_counter()
         try:
@@ -333,6 +356,26 @@ class TaskThread:
             future.set_exception(error)
         else:
             future.set_result(result)
+
+
+def _nothing() -> None:
+    """Do what a task does that only shows that those before it are gone."""
+
+
+_threads: weakref.WeakSet[TaskThread] = weakref.WeakSet()
+"""All that may still run."""
+
+
+def come_to_rest(limit_s: float = _REST_LIMIT_S) -> None:
+    """Wait until no worker thread holds a task, for so many seconds at most."""
+    deadline = time.monotonic() + limit_s
+    for thread in list(_threads):
+        if thread.ident != threading.get_ident():
+            thread.rest(max(0.0, deadline - time.monotonic()))
+
+
+atexit.register(come_to_rest)
+os.register_at_fork(after_in_child=lambda: _threads.clear())  # the child has none of them
 
 
 def _patiently(future: Future[T]) -> T:

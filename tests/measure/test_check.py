@@ -309,3 +309,95 @@ def test_inputs_that_the_model_writes_into_and_their_gradients(cluster):
 def test_nan_in_plain_gradients_is_said(cluster):
     work = workload(nn.Linear(4, 3), loss=lambda y: (y - y).sum().sqrt())
     assert "own gradient of 'weight' holds NaN" in check_plan(work, Identity(work.model, Plan.plain(), cluster)).reason
+
+
+class Kinked(nn.Module):
+    """ReLU after batch normalisation, many times: rounding moves entries over zero, and with them the gradients."""
+
+    def __init__(self, depth=10, width=24):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3 if i == 0 else width, width, 3, padding=1) for i in range(depth))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(depth))
+        self.last = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, tie=True):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = torch.relu(norm(layer(x)))
+        x = self.last(x.mean((2, 3)))
+        return nn.functional.linear(torch.relu(x), self.last.weight if tie else self.last.weight.detach())
+
+
+def kinked_workload():
+    torch.manual_seed(0)
+    return Workload(model=Kinked(), args=(torch.randn(8, 3, 16, 16),), training=True)
+
+
+class OtherRounding(Identity):
+    """Computes the same thing with other kernels, as far as rounding goes."""
+
+    def __call__(self, *args, **kwargs):
+        random = torch.Generator().manual_seed(99)
+        moved = {
+            name: p * (1 + 4 * torch.finfo(p.dtype).eps * torch.randn(p.shape, generator=random))
+            for name, p in self.model.named_parameters()
+        }
+        return torch.func.functional_call(self.model, moved, args, kwargs)
+
+
+def test_gradients_may_differ_as_far_as_rounding_moves_plain_pytorchs_own(cluster):
+    work = kinked_workload()
+    values = [p.detach().clone() for p in work.model.parameters()]
+    versions = [p._version for p in work.model.parameters()]
+    executor = OtherRounding(work.model, Plan.plain(), cluster)
+    strict = check_plan(work, executor, config=CheckConfig(rounding_factor=0.0))
+    assert not strict.ok and "the gradient of" in strict.reason
+    reference = Reference(work)
+    report = check_plan(work, executor, reference=reference)
+    assert report.ok, report.reason
+    assert report.max_gradient_error > CheckConfig().rtol_float32
+    assert reference.rounding()[0].output_error == 0.0 < reference.rounding()[0].gradient_error
+    assert all(torch.equal(p, v) for p, v in zip(work.model.parameters(), values, strict=True))
+    assert [p._version for p in work.model.parameters()] == versions
+
+
+class WithoutATie(Identity):
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, tie=False, **kwargs)
+
+
+class HalfTheBatch(Identity):
+    """Loses the gradients of the batch's second half."""
+
+    def __call__(self, x):
+        output = self.model(x)
+        return torch.cat([output[: len(x) // 2], output[len(x) // 2 :].detach()])
+
+
+@pytest.mark.parametrize("wrong", [WithoutATie, HalfTheBatch])
+def test_wrong_gradients_are_caught_however_much_rounding_moves_them(cluster, wrong):
+    work = kinked_workload()
+    report = check_plan(work, wrong(work.model, Plan.plain(), cluster))
+    assert not report.ok and "the gradient of" in report.reason
+
+
+@pytest.mark.parametrize("share", [1.2, 0.8])
+def test_wrong_factors_are_caught_however_much_rounding_moves_gradients(cluster, share):
+    work = kinked_workload()
+    spoiled = Wrong(work.model, cluster, lambda y: share * y + (1 - share) * y.detach())
+    report = check_plan(work, spoiled)
+    assert not report.ok and "the gradient of" in report.reason
+
+
+def test_outputs_have_no_leave_for_rounding(cluster):
+    work = kinked_workload()
+    report = check_plan(work, Wrong(work.model, cluster, lambda y: 1.0005 * y))
+    assert not report.ok and report.reason.startswith("output 0 differs")
+
+
+def test_the_leave_for_rounding_has_a_limit():
+    config = CheckConfig()
+    assert config.allowed(1e-4, 0.0) == 1e-4 == config.allowed(1e-4, 2e-5)
+    assert config.allowed(1e-4, 1e-3) == pytest.approx(2e-3)
+    assert config.allowed(1e-4, 10.0) == config.rtol_bfloat16
+    assert config.allowed(1e-9, 10.0) == pytest.approx(5e-7), "float64 has a tighter one"
+    assert config.allowed(1e-4, float("nan")) == 1e-4

@@ -1,6 +1,7 @@
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from autoplace.errors import ExecutionError
 from autoplace.hardware.cluster import Device
 from autoplace.runtime import DeviceWorker, Ledger, TaskThread
+from autoplace.runtime.worker import come_to_rest
 
 CORES = sorted(os.sched_getaffinity(0))
 
@@ -150,6 +152,38 @@ def test_forgets_a_task_and_its_result(worker):
     worker.run(lambda: None)
     gc.collect()
     assert gone() is None
+
+
+class Slow:
+    """Takes its time to be destroyed."""
+
+    def __init__(self, gone):
+        self.gone = gone
+
+    def __del__(self):
+        time.sleep(0.2)
+        self.gone.append(True)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_at_exit_threads_first_let_go_of_what_they_hold(closed):
+    gone, thread = [], TaskThread("helper", threads=1)
+    thread.submit(partial(id, Slow(gone))).result(5)
+    if closed:
+        thread.close()
+    come_to_rest()
+    assert gone
+    thread.close()
+
+
+def test_a_task_that_never_ends_does_not_keep_the_process_from_exiting():
+    thread, end = TaskThread("helper", threads=1), threading.Event()
+    future = thread.submit(end.wait)
+    start = time.perf_counter()
+    come_to_rest(0.2)
+    assert 0.15 < time.perf_counter() - start < 2.0 and not future.done()
+    end.set()
+    thread.close()
 
 
 def test_threads_without_a_device():

@@ -83,7 +83,7 @@ def test_first_calls_of_two_threads_plan_once(tunes, monkeypatch, train):
         torch.testing.assert_close(second.result(), model(x))
     assert len(plans) == 1
     if train:
-        assert times["other"] > 0.1, "training waits, since tuning works on gradients and flags"
+        assert times["other"] > 0.1, f"training waits, since tuning works on gradients and flags:\n{wrapper.explain()}"
     else:
         assert times["other"] < 0.5, "inference runs plain PyTorch at once"
 
@@ -160,7 +160,8 @@ def test_the_process_ends_promptly_with_0(shape, tmp_path):
             """
         )
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-X", "faulthandler", str(script)]  # an abort shows where every thread is
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert time.time() - float(done.stdout) < 20
     assert "terminate" not in done.stderr and "Traceback" not in done.stderr
