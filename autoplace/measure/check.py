@@ -125,6 +125,7 @@ class Reference:
                 after = self.pass_after_step(run, self._call)
                 found = compare(self.run, run, CheckConfig())
                 first.gradient_error = max(first.gradient_error, found.gradient_error)
+                assert self.after_step is not None  # else there are no passes
                 found = compare(self.after_step, after, CheckConfig())
                 second.gradient_error = max(second.gradient_error, found.gradient_error)
                 second.output_error = max(second.output_error, found.output_error)
