@@ -2,6 +2,9 @@
 
 torch decides which GPUs there are and in which order; `hardware.nvml` adds power. The two count differently, so they
 are matched by UUID, else by PCI bus id, never by index.
+
+The memory of a GPU is what this process may take of it: `torch.cuda.set_per_process_memory_fraction` counts, and a part
+is left for what no plan accounts for → `usable_bytes`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ from autoplace.hardware.cluster import Device
 from autoplace.hardware.nvml import GpuInfo, Nvml
 from autoplace.hardware.power import gpu_watts
 
-__all__ = ["TorchGpu", "cuda_devices", "match_gpu", "torch_gpus"]
+__all__ = ["TorchGpu", "cuda_devices", "match_gpu", "torch_gpus", "usable_bytes"]
+
+_RESERVED_SHARE, _RESERVED_BYTES = 0.05, 128 << 20
+"""Left free on a GPU: fragments of the caching allocator, and the workspaces of cuBLAS (32 MiB a stream on Hopper, by
+NVIDIA's documentation of `CUBLAS_WORKSPACE_CONFIG`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,7 @@ class TorchGpu:
     """The number in `cuda:0`."""
     name: str
     memory_bytes: int
+    """What plans may use of it."""
     uuid: str = ""
     """Without the driver's `GPU-` in front; empty when torch does not tell."""
     pci_bus_id: str = ""
@@ -44,9 +52,31 @@ def torch_gpus() -> tuple[TorchGpu, ...]:
         pci = "" if domain is None or bus is None or slot is None else f"{domain:08x}:{bus:02x}:{slot:02x}.0"
         uuid = str(getattr(facts, "uuid", ""))
         gpus.append(
-            TorchGpu(index=index, name=facts.name, memory_bytes=int(facts.total_memory), uuid=uuid, pci_bus_id=pci)
+            TorchGpu(
+                index=index,
+                name=facts.name,
+                memory_bytes=usable_bytes(int(facts.total_memory), _fraction(index)),
+                uuid=uuid,
+                pci_bus_id=pci,
+            )
         )
     return tuple(gpus)
+
+
+def usable_bytes(total_bytes: int, fraction: float = 1.0) -> int:
+    """Return the bytes of a GPU that plans may use.
+
+    Args:
+        total_bytes: Its memory.
+        fraction: The part of it that the process may take.
+    """
+    return max(0, int(total_bytes * min(1.0, fraction) * (1.0 - _RESERVED_SHARE)) - _RESERVED_BYTES)
+
+
+def _fraction(index: int) -> float:
+    """Return the part of a GPU that the process has allowed itself; 1 where torch cannot tell (before 2.9)."""
+    ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if ask is None else float(ask(index))
 
 
 def match_gpu(gpu: TorchGpu, infos: Sequence[GpuInfo]) -> GpuInfo | None:

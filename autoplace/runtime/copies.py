@@ -15,6 +15,8 @@ import copy
 
 import torch
 
+from .room import hold, make_room
+
 __all__ = ["Copies"]
 
 _SIMPLE = (bool, int, float, str)
@@ -86,6 +88,11 @@ class Copies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._standins: dict[int, _Standin] = {}
+        hold(self, device)
+
+    def release(self) -> None:
+        """Let go of the stand-ins, from any thread; they are made again when they are needed."""
+        self._standins = {}
 
     def needed(self, module: torch.nn.Module) -> bool:
         """Return whether any parameter or buffer of the module lives elsewhere."""
@@ -101,6 +108,7 @@ class Copies:
         current = [*module.parameters()]
         with torch.inference_mode(False):  # what is made here may have to train later
             if standin is None or [id(p) for p in current] != [id(source) for source, _ in standin.parameters]:
+                make_room(self, self._device, sum(t.nbytes for t in (*current, *module.buffers())))
                 standin = self._standins[id(module)] = _Standin(module, self._device)
             standin.refresh(grad)
         return standin

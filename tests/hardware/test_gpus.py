@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from autoplace.hardware.gpus import TorchGpu, cuda_devices, match_gpu, torch_gpus
+from autoplace.hardware.gpus import TorchGpu, cuda_devices, match_gpu, torch_gpus, usable_bytes
 from autoplace.hardware.nvml import GpuInfo, NullNvml, open_nvml
 
 FIRST = GpuInfo(uuid="GPU-AA", pci_bus_id="00000000:01:00.0")
@@ -35,6 +35,25 @@ def test_a_gpu_that_the_driver_does_not_show_has_no_watts():
 def test_without_cuda_there_are_no_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda_devices("host0", NullNvml()) == []
+
+
+def test_plans_may_use_what_the_process_may_take_less_a_reserve():
+    assert usable_bytes(80 << 30) < 80 << 30
+    assert usable_bytes(80 << 30) == pytest.approx(0.95 * (80 << 30) - (128 << 20), abs=1)
+    assert usable_bytes(80 << 30, 0.5) == usable_bytes(40 << 30)
+    assert usable_bytes(1 << 20) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not hasattr(torch.cuda, "get_per_process_memory_fraction"), reason="torch cannot tell the fraction")
+def test_the_fraction_that_a_process_allows_itself_counts():
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.25, 0)
+        assert torch_gpus()[0].memory_bytes == usable_bytes(total, 0.25) < total / 4
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
 @pytest.mark.gpu

@@ -67,3 +67,23 @@ def test_a_model_on_the_gpu_runs_in_line(cluster, make_plan, compare):
     compare(net.eval(), make_plan(G), [x])
     with build_executor(net.cpu(), make_plan(G), cluster) as executor:
         assert type(executor) is SingleDevice
+
+
+def test_two_plans_take_turns_on_a_gpu_that_holds_one_of_them(make_plan, cluster):
+    total = torch.cuda.get_device_properties(0).total_memory
+    net = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(8))).eval()  # 512 MiB
+    plans = [make_plan({str(i): G if i < n else C for i in range(8)}) for n in (6, 7)]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total + (800 << 20) / total, 0)
+    try:
+        with (
+            torch.no_grad(),
+            build_executor(net, plans[0], cluster) as a,
+            build_executor(net, plans[1], cluster) as b,
+        ):
+            x = torch.randn(4, 4096)
+            for _ in range(2):
+                for executor in (a, b):
+                    torch.testing.assert_close(executor(x), net(x), rtol=1e-3, atol=1e-3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
