@@ -1,7 +1,7 @@
 """Ten models on this machine: plain eager, plain `torch.compile`, an even split, and `OptimizedParallel`, interleaved.
 
-Every case (model, batch, inference or training) is tuned once by the wrapper's own defaults; then a run of its own, of
-which the tuning knows nothing, times in turn
+Every case (model, batch, inference or training) is tuned once by the wrapper, which is told to try `torch.compile`
+whatever it takes; then a run of its own, of which the tuning knows nothing, times in turn
 
     eager        the model with all threads, twice a round: the second series gives the A/A noise
     compile      `torch.compile(model)`, its defaults
@@ -63,6 +63,7 @@ def run_case(name: str, *, batch: int, training: bool, precision: str, options: 
         budget_s=options.budget,
         run_s=options.run_s,
         precision=precision,
+        compile=True if options.compile == "always" else "auto",
         track=False,
         cache=False,
         replan=False,
@@ -233,6 +234,12 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
     parser.add_argument("--precision", choices=("float32", "auto"), default="float32")
     parser.add_argument("--budget", type=float, default=60.0, help="wall seconds of a tuning's real runs")
+    parser.add_argument(
+        "--compile",
+        choices=("always", "auto"),
+        default="always",
+        help="always = torch.compile gets its trial even where that outlasts the budget",
+    )
     parser.add_argument("--run-s", type=float, default=3600.0, help="run length within which compiling must pay back")
     parser.add_argument("--seconds", type=float, default=10.0, help="wall seconds of the comparison, roughly")
     parser.add_argument("--seed", type=int, default=0)

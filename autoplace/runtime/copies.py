@@ -16,6 +16,7 @@ import copy
 import torch
 
 from .room import hold, make_room
+from .routing import Gate
 
 __all__ = ["Copies"]
 
@@ -43,6 +44,11 @@ class _Standin:
                     memo[id(value)] = value
         self.module = copy.deepcopy(module, memo)
         self._flags = list(zip(module.modules(), self.module.modules(), strict=True))
+        for original, local_module in self._flags:
+            gate = vars(original).get("forward")
+            if isinstance(gate, Gate) and not gate.in_instance:
+                # Its copy is a method bound to the copied module: a circle, which would hold the GPU's memory.
+                del vars(local_module)["forward"]
         self._seen: list[tuple[int, int]] = []
         self._stale = True
         self._buffer_versions: list[int] = []

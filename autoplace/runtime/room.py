@@ -8,6 +8,7 @@ Copies of single weights (→ `standins`) are not released: a stage writes what 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Protocol
 
@@ -52,6 +53,7 @@ def make_room(holder: object, device: torch.device, needed_bytes: int) -> None:
     for other, place in list(_holders.items()):
         if other is not holder and place == device:
             other.release()
+    gc.collect()  # models may hold themselves in circles
     torch.cuda.empty_cache()
 
 

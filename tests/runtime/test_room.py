@@ -1,12 +1,14 @@
 """Holders of copies give way to one another on a GPU that has no room for all."""
 
 import gc
+import weakref
 
 import pytest
 import torch
 
 from autoplace.runtime import room
 from autoplace.runtime.copies import Copies
+from autoplace.runtime.routing import install, remove
 
 CARD = torch.device("cuda", 0)
 
@@ -59,3 +61,22 @@ def test_copies_that_were_released_are_made_again():
     copies.release()
     again = copies.of(net)
     assert again is not first and next(again.module.parameters()).device.type == "meta"
+
+
+def test_released_copies_of_gated_modules_are_gone_at_once():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    install(net)
+    install(net[0])
+    copies = Copies(torch.device("meta"))
+    gc.disable()
+    try:
+        standin = copies.of(net)
+        gone = weakref.ref(standin.module[0].weight)
+        assert standin.module(torch.ones(2, 4, device="meta")).device.type == "meta"
+        del standin
+        copies.release()
+        assert gone() is None, "or the GPU's memory waits for the garbage collector"
+    finally:
+        gc.enable()
+        remove(net)
+        remove(net[0])
