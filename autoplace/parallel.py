@@ -26,6 +26,7 @@ from autoplace.problem import Objective
 from autoplace.result import TuneResult
 from autoplace.runtime.monitor import Monitor
 from autoplace.slots import State
+from autoplace.tracer import compiling_here
 from autoplace.tuner import Progress
 
 __all__ = ["OptimizedParallel"]
@@ -142,7 +143,7 @@ class OptimizedParallel(torch.nn.Module):
         """Run the model; the first call in a mode finds a plan for it."""
         state = self._state
         model = state.model
-        if torch.compiler.is_compiling():
+        if compiling_here():
             return model(*args, **kwargs)
         if state.moves:
             return state.call_moving(args, kwargs)

@@ -24,6 +24,7 @@ from autoplace.problem import Objective
 from autoplace.result import Candidate
 from autoplace.runtime.fitness import HOOKS, defined_in, has_global_hooks, records_outputs
 from autoplace.runtime.monitor import Monitor
+from autoplace.tracer import compiling_here
 from autoplace.workload import Workload
 
 __all__ = [
@@ -107,7 +108,7 @@ class Recheck:
 
 def under_compiler() -> bool:
     """Return whether `torch.compile` traces the present code, or runs code around it that it would trace further."""
-    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    return compiling_here() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 def in_the_open() -> bool:

@@ -7,8 +7,9 @@ fake tensors into the modules' places for parameters. What is done about it, for
 2. One thread traces at a time, and none compiles meanwhile: patches laid over each other would not be taken off in
    order → `traces_alone`.
 3. The replaced functions treat the modules of other threads as if they were the original ones.
+4. `torch.compiler.is_compiling()` is true for every thread meanwhile; our own code asks `tracer.compiling_here`.
 
-What it does not know: `torch.compiler.is_compiling()` is true for every thread meanwhile, and a model that cannot be
+What it does not know: models that ask `is_compiling()` get that answer in every thread, and a model that cannot be
 copied is traced itself: another thread that runs it then may fail.
 """
 
@@ -26,6 +27,7 @@ from torch._dynamo.convert_frame import compile_lock
 from torch.fx.experimental import proxy_tensor
 
 from autoplace.graph.preserve import preserve_model
+from autoplace.tracer import tracing_here
 
 __all__ = ["modules_to_trace", "traces_alone"]
 
@@ -52,7 +54,7 @@ def modules_to_trace(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def traces_alone() -> Iterator[None]:
     """Wait for the traces and compilations of other threads, and let none begin until the end."""
     _let_other_threads_pass()
-    with _lock, compile_lock:
+    with _lock, compile_lock, tracing_here():
         yield
 
 

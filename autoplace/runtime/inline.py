@@ -28,6 +28,7 @@ from autoplace.errors import ExecutionError
 from autoplace.hardware.cluster import Cluster, Device
 from autoplace.outcome import Span
 from autoplace.plan import Plan
+from autoplace.tracer import compiling_here
 
 from . import routing
 from ._base import Executor
@@ -119,7 +120,7 @@ class InlineDevice(Executor):
         """Run one pass; see `Executor.__call__`."""
         if self._closed:
             raise ExecutionError("this executor is closed; build it again")
-        if torch.compiler.is_compiling():
+        if compiling_here():
             return self.model(*args, **kwargs)
         if self._seat.threads is None:
             return self._on_gpu(args, kwargs)

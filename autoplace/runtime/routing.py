@@ -25,6 +25,7 @@ import torch
 from autoplace.errors import ExecutionError
 from autoplace.graph.coarsen import group_modules
 from autoplace.hardware.cluster import Cluster
+from autoplace.tracer import compiling_here
 
 __all__ = ["Gate", "Target", "install", "remove", "resolve", "routed"]
 
@@ -146,7 +147,7 @@ class Gate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Send the call where the calling thread's route says, or run it here."""
-        if torch.compiler.is_compiling():  # whoever traces the model must not see the gate
+        if compiling_here():  # whoever traces the model must not see the gate
             return self.original(*args, **kwargs)
         route = _local.route
         target = None if route is None else route.targets.get(self._key)
