@@ -1,6 +1,6 @@
 """Whether the present thread is traced, not some other one."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -10,11 +10,8 @@ from autoplace.workload import Workload
 
 
 def _elsewhere(ask):
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(ask()))
-    thread.start()
-    thread.join()
-    return answers[0]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()
 
 
 def test_while_autoplace_traces_only_its_own_thread_is_traced(monkeypatch):

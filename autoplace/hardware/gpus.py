@@ -74,7 +74,7 @@ def usable_bytes(total_bytes: int, fraction: float = 1.0) -> int:
 
 
 def _fraction(index: int) -> float:
-    """Return the part of a GPU that the process has allowed itself; 1 where torch cannot tell (before 2.9)."""
+    """Return the part of a GPU that the process has allowed itself; 1 where an older torch cannot tell."""
     ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     return 1.0 if ask is None else float(ask(index))
 

@@ -119,13 +119,14 @@ class Reference:
         """
         if self._rounding is None:
             first, second = self._rounding = Comparison(), Comparison()
-            for seed in range(_ROUNDING_PASSES if self.after_step is not None else 0):
+            if self.after_step is None:
+                return self._rounding
+            for seed in range(_ROUNDING_PASSES):
                 with _rounded(dict(self._parameters()), seed):
                     run = self.pass_(self._call)
                 after = self.pass_after_step(run, self._call)
                 found = compare(self.run, run, CheckConfig())
                 first.gradient_error = max(first.gradient_error, found.gradient_error)
-                assert self.after_step is not None  # else there are no passes
                 found = compare(self.after_step, after, CheckConfig())
                 second.gradient_error = max(second.gradient_error, found.gradient_error)
                 second.output_error = max(second.output_error, found.output_error)
@@ -281,6 +282,18 @@ def _precision(own: str) -> str:
     return own
 
 
+def _compared(
+    reference: Reference, run: Run, config: CheckConfig, precision: str, *, stepped: bool = False
+) -> Comparison:
+    """Compare a plan's pass with plain PyTorch's, `stepped` the one after the step; rounding decides where it fails."""
+    plain, when = (reference.after_step, _AFTER) if stepped else (reference.run, "")
+    assert plain is not None  # a plan has a pass after the step where plain PyTorch has one
+    found = compare(plain, run, config, precision, when)
+    if found.reason and config.rounding_factor:
+        found = compare(plain, run, config, precision, when, reference.rounding()[stepped])
+    return found
+
+
 def check_plan(
     workload: Workload,
     executor: Executor,
@@ -314,16 +327,11 @@ def check_plan(
     precision = _precision(executor.plan.precision)
     with preserved(workload.model), no_dropout(workload.model), workload.mode():
         run = reference.pass_(executor, limit_s=limit_s)
-        found = compare(reference.run, run, config, precision)
-        if found.reason and config.rounding_factor:
-            found = compare(reference.run, run, config, precision, rounding=reference.rounding()[0])
+        found = _compared(reference, run, config, precision)
         reason, output_error, gradient_error = found.reason, found.output_error, found.gradient_error
         if not reason and reference.after_step is not None:
             again = reference.pass_after_step(run, executor, limit_s)
-            found = compare(reference.after_step, again, config, precision, _AFTER)
-            if found.reason and config.rounding_factor:
-                rounding = reference.rounding()[1]
-                found = compare(reference.after_step, again, config, precision, _AFTER, rounding)
+            found = _compared(reference, again, config, precision, stepped=True)
             reason = found.reason
             output_error = max(output_error, found.output_error)
             gradient_error = max(gradient_error, found.gradient_error)

@@ -96,9 +96,10 @@ class Copies:
         self._standins: dict[int, _Standin] = {}
         hold(self, device)
 
-    def release(self) -> None:
-        """Let go of the stand-ins, from any thread; they are made again when they are needed."""
-        self._standins = {}
+    def release(self) -> bool:
+        """Let go of the stand-ins, from any thread; see `room.Holder`."""
+        held, self._standins = self._standins, {}
+        return bool(held)
 
     def needed(self, module: torch.nn.Module) -> bool:
         """Return whether any parameter or buffer of the module lives elsewhere."""
@@ -114,7 +115,8 @@ class Copies:
         current = [*module.parameters()]
         with torch.inference_mode(False):  # what is made here may have to train later
             if standin is None or [id(p) for p in current] != [id(source) for source, _ in standin.parameters]:
-                make_room(self, self._device, sum(t.nbytes for t in (*current, *module.buffers())))
+                needed_bytes = sum(tensor.nbytes for tensor in (*current, *module.buffers()))
+                make_room(self, self._device, needed_bytes, first=not self._standins)
                 standin = self._standins[id(module)] = _Standin(module, self._device)
             standin.refresh(grad)
         return standin

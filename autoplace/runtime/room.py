@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from autoplace.hardware.gpus import torch_gpus
+
 __all__ = ["Holder", "hold", "make_room"]
 
 _FREE_SHARE = 0.5
@@ -23,8 +25,8 @@ _FREE_SHARE = 0.5
 class Holder(Protocol):
     """Has copies of weights on a device."""
 
-    def release(self) -> None:
-        """Let go of the copies; they are made again when they are needed."""
+    def release(self) -> bool:
+        """Let go of the copies, which are made again when they are needed; returns whether there were any."""
 
 
 _holders: weakref.WeakKeyDictionary[Holder, torch.device] = weakref.WeakKeyDictionary()
@@ -40,26 +42,24 @@ def hold(holder: Holder, device: torch.device) -> None:
     _holders[holder] = device
 
 
-def make_room(holder: object, device: torch.device, needed_bytes: int) -> None:
+def make_room(holder: object, device: torch.device, needed_bytes: int, *, first: bool) -> None:
     """Have the other holders on a GPU release their copies, unless there is room for these as well.
 
     Args:
         holder: Is about to make copies.
         device: Where; nothing is done on a CPU.
         needed_bytes: Their size.
+        first: Whether the holder has none yet; what closed executors left behind is then collected, too.
     """
     if device.type != "cuda" or _has_room(device, needed_bytes):
         return
-    for other, place in list(_holders.items()):
-        if other is not holder and place == device:
-            other.release()
-    gc.collect()  # models may hold themselves in circles
-    torch.cuda.empty_cache()
+    others = [other for other, place in list(_holders.items()) if other is not holder and place == device]
+    released = [other.release() for other in others]
+    if first or any(released):
+        gc.collect()  # models may hold themselves in circles
+        torch.cuda.empty_cache()
 
 
 def _has_room(device: torch.device, needed_bytes: int) -> bool:
-    from autoplace.hardware.gpus import torch_gpus
-
     index = torch.cuda.current_device() if device.index is None else device.index
-    usable_bytes = torch_gpus()[index].memory_bytes
-    return torch.cuda.memory_allocated(index) + needed_bytes <= (1.0 - _FREE_SHARE) * usable_bytes
+    return torch.cuda.memory_allocated(index) + needed_bytes <= (1.0 - _FREE_SHARE) * torch_gpus()[index].memory_bytes

@@ -37,7 +37,7 @@ class Standins:
         grad, key = torch.is_grad_enabled(), id(weight)
         source, copy = self._copies.get(key, (None, None))
         if source is not weight or copy is None or copy.shape != weight.shape or copy.dtype != weight.dtype:
-            make_room(self, self._device, weight.nbytes)
+            make_room(self, self._device, weight.nbytes, first=not self._copies)
             with torch.inference_mode(False), torch.no_grad():
                 copy = weight.detach().to(self._device, copy=True)
             self._copies[key] = (weight, copy)

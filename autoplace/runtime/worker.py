@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -303,18 +303,11 @@ class TaskThread:
 
     def rest(self, limit_s: float) -> None:
         """Wait until the thread has let go of every task that it was given, or has ended; at most for some seconds."""
-        with self._lock:
-            last = (
-                None
-                if self._closed or not self._thread.is_alive()
-                else _Task(Future(), _nothing, _Modes(), None, "", [])
-            )
-            if last is not None:
-                self._queue.put(last)
-        if last is None:
-            self._thread.join(limit_s)
-        else:
-            wait_for([last.future], limit_s)
+        if self.alive:
+            with suppress(ExecutionError):  # closed in this moment
+                wait_for([self.submit(lambda: None)], limit_s)
+                return
+        self._thread.join(limit_s)
 
     def _account(self, fn: Callable[[], T], ledgers: Sequence[Ledger], label: str) -> T:
         start = time.perf_counter()
@@ -356,10 +349,6 @@ class TaskThread:
             future.set_exception(error)
         else:
             future.set_result(result)
-
-
-def _nothing() -> None:
-    """Do what a task does that only shows that those before it are gone."""
 
 
 _threads: weakref.WeakSet[TaskThread] = weakref.WeakSet()

@@ -74,7 +74,7 @@ def test_two_plans_take_turns_on_a_gpu_that_holds_one_of_them(make_plan, cluster
     net = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(8))).eval()  # 512 MiB
     plans = [make_plan({str(i): G if i < n else C for i in range(8)}) for n in (6, 7)]
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total + (800 << 20) / total, 0)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (800 << 20)) / total, 0)
     try:
         with (
             torch.no_grad(),

@@ -20,6 +20,7 @@ class Holder:
 
     def release(self):
         self.released += 1
+        return self.released == 1
 
 
 @pytest.fixture
@@ -32,15 +33,25 @@ def full(monkeypatch):
 
 def test_others_on_the_device_give_way_when_there_is_no_room(full):
     mine, other, elsewhere = Holder(CARD), Holder(CARD), Holder(torch.device("cuda", 1))
-    room.make_room(mine, CARD, 99)
+    room.make_room(mine, CARD, 99, first=True)
     assert not other.released and not full
-    room.make_room(mine, CARD, 100)
+    room.make_room(mine, CARD, 100, first=True)
     assert (mine.released, other.released, elsewhere.released) == (0, 1, 0) and full
+
+
+def test_garbage_is_collected_once_a_holder_and_after_every_release(full):
+    mine, other = Holder(CARD), Holder(CARD)
+    room.make_room(mine, CARD, 100, first=False)
+    assert other.released == 1 and len(full) == 1, "it had copies"
+    room.make_room(mine, CARD, 100, first=False)
+    assert len(full) == 1, "there was nothing to gain"
+    room.make_room(mine, CARD, 100, first=True)
+    assert len(full) == 2, "closed executors may have left something"
 
 
 def test_nothing_is_released_for_copies_on_a_cpu(full):
     other = Holder(torch.device("cpu"))
-    room.make_room(Holder(torch.device("cpu")), torch.device("cpu"), 1000)
+    room.make_room(Holder(torch.device("cpu")), torch.device("cpu"), 1000, first=True)
     assert not other.released and not full
 
 
@@ -48,7 +59,7 @@ def test_a_holder_that_is_gone_is_forgotten(full):
     Holder(CARD)
     gc.collect()
     mine = Holder(CARD)
-    room.make_room(mine, CARD, 100)
+    room.make_room(mine, CARD, 100, first=True)
     assert [h for h in room._holders if isinstance(h, Holder)] == [mine]
 
 
