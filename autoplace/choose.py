@@ -2,8 +2,9 @@
 
 The best few plans are screened in short interleaved runs; those that gain (→ `finalists`) run again, longer, and that
 run decides (→ `choose`). A plan replaces plain PyTorch only when it computes the same, and is better in the objective
-by more than the A/A noise measured in the same run. Plain `torch.compile`, where it ran, is a second guard: a plan that
-is to be kept instead of it must gain more, by more than the noise. The gain of a plan over plain PyTorch is
+by more than the A/A noise measured in the same run, with the whole interval of its median gain above 1. Both shrink
+with the number of rounds. Plain `torch.compile`, where it ran, is a second guard: a plan that is to be kept instead of
+it must gain more, by more than the noise. The gain of a plan over plain PyTorch is
 
     (latency ratio)^(1-w) * (energy ratio)^w          → `gain_interval`
 
@@ -22,7 +23,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from autoplace.measure.protocol import aa_noise, pair_ratios
+from autoplace.measure.protocol import aa_noise, median_interval, pair_ratios
 from autoplace.outcome import Outcome
 from autoplace.problem import Objective
 from autoplace.result import Candidate
@@ -46,7 +47,7 @@ class Ratio:
     gain: float
     """Median gain in the objective; the time to compile is paid back first."""
     gain_low: float
-    """Lower quartile of the gain."""
+    """Lower end of the interval of the median gain, see `measure.protocol.median_interval`."""
 
 
 def paid_back(speedup: float, compile_s: float, run_s: float) -> float:
@@ -85,7 +86,8 @@ def compare(
     if gain is None:
         return None
     speedup, quartiles = pair_ratios(plain.samples_ms, other.samples_ms)
-    return Ratio(speedup=speedup, speedup_interval=quartiles, gain=gain(speedup), gain_low=gain(quartiles[0]))
+    low, _ = median_interval([a / b for a, b in zip(plain.samples_ms, other.samples_ms, strict=True)])
+    return Ratio(speedup=speedup, speedup_interval=quartiles, gain=gain(speedup), gain_low=gain(low))
 
 
 def pair_gains(

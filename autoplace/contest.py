@@ -36,8 +36,8 @@ __all__ = ["Contest"]
 
 _SECOND_PLANS = 2
 """Plans in the second screening, at most."""
-_FINAL_FACTOR = 3
-"""The finalists are decided on with this many times the rounds of the first measurement."""
+_FINAL_FACTOR = 6
+"""The finalists are decided on with this many times the rounds of the first measurement, as time allows."""
 
 
 class Contest:

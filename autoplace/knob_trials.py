@@ -61,7 +61,7 @@ class Trials:
         return any(c.plan == plan for c in self.rows) or bool(self.refuse(plan))
 
     def bar(self) -> float:
-        """Return the gain that is safely reached: the largest lower quartile of all plans that ran to their end."""
+        """Return the gain that is safely reached: the largest lower end of the gains of all that ran to the end."""
         whole = [c for c in (*self._known, *self.rows) if not c.stopped]
         return max((c.gain_low for c in whole if c.gain_low is not None), default=1.0)
 

@@ -35,7 +35,7 @@ class Candidate:
     """Plain PyTorch's objective J over this plan's; equals the speed-up when energy does not count and nothing is
     compiled: compiling has to pay back first → `choose.paid_back`."""
     gain_low: float | None = None
-    """Lower quartile of the gain over the pairs of the interleaved run."""
+    """Lower end of the 95 % interval of the median gain over the pairs of the interleaved run."""
     compile_s: float = 0.0
     """Seconds that compiling took; 0 when nothing is compiled."""
     stopped: bool = False
@@ -66,7 +66,7 @@ class TuneResult:
     candidates: tuple[Candidate, ...]
     """Plain PyTorch first."""
     noise: float
-    """A/A noise of the same run: half width of the central half of plain-to-plain ratios, as a fraction."""
+    """A/A noise of the same run: see `measure.protocol.aa_noise`, as a fraction."""
     capture_rung: str
     """`export`, `dispatch` or `module`."""
     capture_reason: str = ""

@@ -2,7 +2,7 @@
 
 from .check import CheckConfig, CheckReport, Reference, check_plan
 from .evaluator import MeasuredEvaluator
-from .protocol import aa_noise, interleave, pair_ratios, summary
+from .protocol import aa_noise, interleave, median_interval, pair_ratios, summary
 
 __all__ = [
     "CheckConfig",
@@ -12,6 +12,7 @@ __all__ = [
     "aa_noise",
     "check_plan",
     "interleave",
+    "median_interval",
     "pair_ratios",
     "summary",
 ]

@@ -9,8 +9,10 @@ Knows nothing of plans. Definitions:
 - Median and interquartile range by linear interpolation (numpy's default). → `summary`
 - A *pair ratio* is sample i of A over sample i of B, both of one round, so that slow drift of a shared machine cancels;
   above 1, B is faster. → `pair_ratios`
-- *A/A noise* is the largest of |median - 1| and half the interquartile range of the pair ratios of two series of the
-  same thing. A win counts when the median pair ratio exceeds 1 by more than that. → `aa_noise`
+- The *interval of a median* holds the true one with a probability of 95 % or more, whatever the distribution: of n
+  sorted samples the k-th smallest to the k-th largest, k by the binomial distribution. → `median_interval`
+- *A/A noise* is the largest of |median - 1| and half the interval of that median, of the pair ratios of two series of
+  the same thing. A win counts when the median pair ratio exceeds 1 by more than that. → `aa_noise`
 
 Runs are made by the calling thread itself. A second thread that uses OpenMP has a thread team of its own; with two
 teams on the same cores libgomp's threads sleep where they would spin, and plain PyTorch was 2.3 times slower in such a
@@ -21,6 +23,7 @@ worker. What a worker is doing then goes on to its end there. → `Guard`
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +35,14 @@ import torch
 from autoplace.errors import ExecutionError, InputError
 from autoplace.interrupt import raise_in
 
-__all__ = ["Guard", "aa_noise", "interleave", "pair_ratios", "summary", "synchronize"]
+__all__ = ["Guard", "aa_noise", "interleave", "median_interval", "pair_ratios", "summary", "synchronize"]
 
 T = TypeVar("T")
 
 _TICK_S = 0.05
 """How often the clock is looked at: a run may overrun by so much before it is stopped."""
+_TAIL = 0.025
+"""Probability on either side of the interval of a median."""
 _REPEAT_S = 5.0
 """A run that goes on is stopped again after this time; sooner, it would cut clean-ups short."""
 
@@ -213,7 +218,25 @@ def pair_ratios(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[fl
     return float(median), (float(low), float(high))
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the median; of fewer than six values, the smallest and the largest.
+
+    Raises:
+        InputError: If there are no values.
+    """
+    if not len(values):
+        raise InputError("there are no samples to summarise; measure at least once")
+    ordered, count = sorted(values), len(values)
+    rank, below = 0, 0.5**count  # `below`: the probability that at most `rank` samples lie below the true median
+    while below <= _TAIL:
+        rank += 1
+        below += math.comb(count, rank) * 0.5**count
+    rank = max(rank - 1, 0)
+    return ordered[rank], ordered[count - 1 - rank]
+
+
 def aa_noise(samples_a: Sequence[float], samples_a2: Sequence[float]) -> float:
     """Return the noise between two series of the same thing, as a fraction (0.03 = three percent)."""
-    median, (low, high) = pair_ratios(samples_a, samples_a2)
+    median, _ = pair_ratios(samples_a, samples_a2)
+    low, high = median_interval([a / b for a, b in zip(samples_a, samples_a2, strict=True)])
     return max(abs(median - 1.0), (high - low) / 2.0)

@@ -2,11 +2,12 @@ import contextlib
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from autoplace.errors import ExecutionError, InputError
-from autoplace.measure import aa_noise, interleave, pair_ratios, summary
+from autoplace.measure import aa_noise, interleave, median_interval, pair_ratios, summary
 from autoplace.measure.protocol import Guard
 from autoplace.runtime.worker import TaskThread
 
@@ -135,8 +136,25 @@ def test_summaries_and_ratios():
     assert (median, low, high) == (2.0, 2.0, 2.5)
     assert aa_noise([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]) == 0.0
     assert aa_noise([1.1, 1.1, 1.1], [1.0, 1.0, 1.0]) == pytest.approx(0.1)
-    assert aa_noise([0.8, 1.0, 1.2], [1.0, 1.0, 1.0]) == pytest.approx(0.1)
+    assert aa_noise([0.8, 1.0, 1.2], [1.0, 1.0, 1.0]) == pytest.approx(0.2)
     with pytest.raises(InputError, match="pair"):
         pair_ratios([1.0], [1.0, 2.0])
     with pytest.raises(InputError, match="no samples"):
         summary([])
+
+
+def test_the_interval_of_a_median_covers_it_and_shrinks_with_the_rounds():
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert median_interval(list(range(1, 22))) == (6, 16), "the sixth smallest of 21, by tables of the sign test"
+    random = np.random.default_rng(0)
+    covered = dict.fromkeys((7, 21, 42), 0)
+    widths = {n: [] for n in covered}
+    for n in covered:
+        for _ in range(2000):
+            low, high = median_interval(random.lognormal(0.0, 0.1, n).tolist())
+            covered[n] += low <= 1.0 <= high
+            widths[n].append(high - low)
+    assert all(hits >= 0.94 * 2000 for hits in covered.values()), covered
+    assert np.mean(widths[42]) < np.mean(widths[21]) < np.mean(widths[7])
+    with pytest.raises(InputError, match="no samples"):
+        median_interval([])
