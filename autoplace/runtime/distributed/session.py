@@ -1,0 +1,321 @@
+"""`Session`: one process of a group that torchrun started, which device of the cluster it is, and how all of them agree.
+
+Every process ("rank") runs one device of the cluster. Which one it is follows from the cluster file that `autoplace run`
+hands over (`AUTOPLACE_CLUSTER`, and `AUTOPLACE_HOST` for the name of this host): the ranks of a host take its devices
+in order. Without a file, every rank describes the device that it has, and hosts are named by torchrun's node rank.
+
+What one rank finds wrong, all ranks raise, with the same sentence: nobody is left waiting in a collective. → `settle`
+
+Knows nothing of models and plans. Transport, rendezvous and restarts are torch.distributed's and torchrun's.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from autoplace.errors import AutoplaceError, ClusterFileError, ExecutionError
+from autoplace.hardware.cluster import Cluster, Device, Link
+
+__all__ = ["CLUSTER_VARIABLE", "HOST_VARIABLE", "Session"]
+
+T = TypeVar("T")
+
+CLUSTER_VARIABLE = "AUTOPLACE_CLUSTER"
+"""Environment variable with the path of the cluster file."""
+HOST_VARIABLE = "AUTOPLACE_HOST"
+"""Environment variable with the name that the cluster file gives this host."""
+TIMEOUT_VARIABLE = "AUTOPLACE_TIMEOUT_S"
+"""Environment variable with the seconds after which a silent rank counts as lost."""
+_TIMEOUT_S = 60.0
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_GIGABIT = Link(latency_ms=0.1, bytes_per_ms=125_000.0)
+"""What a link between hosts is taken for until somebody measures it."""
+
+
+class Session:
+    """This process as a member of the group.
+
+    Args:
+        cluster: The devices; one process each, or more devices than processes have been given out.
+        members: Device name per rank.
+        rank: Of this process.
+        timeout_s: Seconds after which a rank that says nothing counts as lost.
+        owned: Whether this session started the process group, and ends it.
+    """
+
+    def __init__(
+        self, cluster: Cluster, members: Sequence[str], rank: int, *, timeout_s: float = _TIMEOUT_S, owned: bool = False
+    ) -> None:
+        self.cluster, self.members, self.rank = cluster, tuple(members), rank
+        self.timeout_s = timeout_s
+        self._owned = owned
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        self._rank_of = {name: i for i, name in enumerate(self.members)}
+
+    @staticmethod
+    def launched() -> bool:
+        """Return whether torchrun started this process as one of several."""
+        return all(name in os.environ for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+    @staticmethod
+    def join(cluster: Cluster | None = None, *, timeout_s: float | None = None) -> Session:
+        """Enter the group that torchrun made; every rank has to.
+
+        Args:
+            cluster: The devices; None reads the file of `AUTOPLACE_CLUSTER`, else every rank tells its own device.
+            timeout_s: See the class; None = `AUTOPLACE_TIMEOUT_S`, or a minute.
+
+        Raises:
+            ExecutionError: If torchrun did not start this process, or the ranks run different versions.
+            ClusterFileError: If the cluster file and the processes do not fit each other.
+        """
+        if not all(name in os.environ for name in _TORCHRUN):
+            raise ExecutionError("this process belongs to no group; start the script with torchrun or `autoplace run`")
+        if timeout_s is None:
+            timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, _TIMEOUT_S))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        problem: AutoplaceError | None = None
+        try:
+            if cluster is None and (path := os.environ.get(CLUSTER_VARIABLE)):
+                cluster = Cluster.load(path)
+        except ClusterFileError as error:
+            problem = error
+        owned = not dist.is_initialized()
+        if owned:
+            dist.init_process_group(_backend(cluster, local_rank), timeout=datetime.timedelta(seconds=timeout_s))
+        rank = dist.get_rank()
+        session = Session(_NOBODY, ["?/cpu:0"] * dist.get_world_size(), rank, timeout_s=timeout_s, owned=owned)
+        try:
+            session.settle(problem)
+            session.agree(_versions(), what="the ranks run different versions")
+            session.cluster, session.members = session._matched(cluster, local_rank)
+            session._rank_of = {name: i for i, name in enumerate(session.members)}
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    # -- who is who ------------------------------------------------------------------------------------------------
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.members)
+
+    @property
+    def device(self) -> Device:
+        """The device that this rank runs."""
+        return self.cluster.devices[self.cluster.index[self.members[self.rank]]]
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The same as PyTorch names it."""
+        return _torch_device(self.device)
+
+    def rank_of(self, device: str) -> int:
+        """Return the rank that runs a device.
+
+        Raises:
+            ClusterFileError: If none does.
+        """
+        if device not in self._rank_of:
+            raise ClusterFileError(
+                f"the plan uses {device!r}, which no process runs; start one for each of {', '.join(self.members)}"
+            )
+        return self._rank_of[device]
+
+    def _matched(self, cluster: Cluster | None, local_rank: int) -> tuple[Cluster, list[str]]:
+        """Return the cluster and the device of every rank."""
+        if cluster is None:
+            return self._described(local_rank)
+        host = os.environ.get(HOST_VARIABLE) or _only_host(cluster)
+        own: str | None = None
+        refusal: AutoplaceError | None = None
+        names = [d.name for d in cluster.devices if d.host == host]
+        if not names:
+            known = ", ".join(sorted({d.host for d in cluster.devices}))
+            refusal = ClusterFileError(
+                f"rank {self.rank} runs on host {host!r}, which the cluster file does not name ({known}); "
+                f"set {HOST_VARIABLE} to its name there"
+            )
+        elif local_rank >= len(names):
+            refusal = ClusterFileError(
+                f"host {host!r} has {len(names)} devices in the cluster file and at least {local_rank + 1} processes; "
+                "start one process a device"
+            )
+        else:
+            own = names[local_rank]
+            refusal = _absent(cluster.devices[cluster.index[own]])
+        self.settle(refusal)
+        fingerprints = self.gather(cluster.fingerprint)
+        self.settle(
+            None
+            if len(set(fingerprints)) == 1
+            else ClusterFileError("the ranks have different cluster files; copy one to all hosts")
+        )
+        members = [str(name) for name in self.gather(own)]
+        if len(set(members)) < len(members):
+            twice = next(name for name in members if members.count(name) > 1)
+            raise ClusterFileError(f"two processes run {twice!r}; give every host its own name in {HOST_VARIABLE}")
+        missing = [d.name for d in cluster.devices if d.name not in members]
+        if missing:
+            raise ClusterFileError(
+                f"the cluster file names {len(cluster.devices)} devices and {len(members)} processes were started, "
+                f"none for {missing[0]!r}; start one process a device, or take it out of the file"
+            )
+        return cluster, members
+
+    def _described(self, local_rank: int) -> tuple[Cluster, list[str]]:
+        host = f"host{os.environ.get('GROUP_RANK', '0')}"
+        found = self.gather(_own_device(host, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        devices = tuple(found)
+        return Cluster(devices=devices, default_link=_GIGABIT), [d.name for d in devices]
+
+    # -- agreeing --------------------------------------------------------------------------------------------------
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank; every rank has to call it."""
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+        return found
+
+    def broadcast(self, value: T | None, source: int = 0) -> T:
+        """Return the value of one rank; every rank has to call it."""
+        box = [value]
+        dist.broadcast_object_list(box, src=source)
+        return box[0]  # type: ignore[return-value]
+
+    def settle(self, problem: AutoplaceError | None) -> None:
+        """Raise on all ranks what the first of them that has a problem says; every rank has to call it.
+
+        Raises:
+            AutoplaceError: That problem.
+        """
+        for found in self.gather(None if problem is None else (type(problem), str(problem))):
+            if found is not None:
+                kind, sentence = found
+                raise kind(sentence)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, where it succeeds on all ranks; every rank has to call it.
+
+        `work` itself must not communicate, or a rank that fails leaves the others waiting in it.
+
+        Raises:
+            AutoplaceError: The first rank's problem, on all ranks.
+        """
+        result: T | None = None
+        problem: AutoplaceError | None = None
+        try:
+            result = work()
+        except AutoplaceError as error:
+            problem = error
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            problem = ExecutionError(f"rank {self.rank} ({self.members[self.rank]}): {type(error).__name__}: {lines[0]}")
+        self.settle(problem)
+        return result  # type: ignore[return-value]
+
+    def agree(self, facts: Mapping[str, str], *, what: str) -> None:
+        """Raise on all ranks unless they state the same facts; every rank has to call it.
+
+        Raises:
+            ExecutionError: Naming the first fact that differs, and two ranks.
+        """
+        stated = self.gather(dict(facts))
+        for name, value in stated[0].items():
+            for rank, other in enumerate(stated):
+                if other.get(name) != value:
+                    raise ExecutionError(
+                        f"{what}: {name} is {value!r} on rank 0 and {other.get(name)!r} on rank {rank}; "
+                        "make them the same and start again"
+                    )
+
+    def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Return the process group of some ranks, None where this one is not in it; every rank has to call it."""
+        key = tuple(ranks)
+        if key not in self._groups:
+            made = dist.new_group(list(key), timeout=datetime.timedelta(seconds=self.timeout_s))
+            self._groups[key] = made if self.rank in key else None
+        return self._groups[key]
+
+    def close(self) -> None:
+        """Leave the group, if this session entered it."""
+        if self._owned and dist.is_initialized():
+            dist.destroy_process_group()
+        self._owned = False
+
+
+_NOBODY = Cluster(devices=(Device(name="?/cpu:0", kind="cpu"),))
+
+
+def _backend(cluster: Cluster | None, local_rank: int) -> str:
+    """NCCL where all devices are GPUs; else gloo, which serves mixed clusters too.
+
+    Without a cluster file nobody knows of the others, so the ranks tell by what they have: torchrun's hosts are alike.
+    """
+    if cluster is not None:
+        gpus = all(d.kind == "cuda" for d in cluster.devices)
+    else:
+        gpus = torch.cuda.is_available() and local_rank < torch.cuda.device_count()
+    if gpus and torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    return "nccl" if gpus and dist.is_nccl_available() else "gloo"
+
+
+def _versions() -> dict[str, str]:
+    import autoplace
+
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"autoplace": autoplace.__version__, "torch": torch.__version__.split("+")[0], "python": python}
+
+
+def _only_host(cluster: Cluster) -> str:
+    """Return the host's name where the file has but one, else this machine's own."""
+    hosts = {d.host for d in cluster.devices}
+    return next(iter(hosts)) if len(hosts) == 1 else socket.gethostname()
+
+
+def _absent(device: Device) -> AutoplaceError | None:
+    """Return why a device of the cluster file is not on this host; None when it is."""
+    if device.kind == "cuda":
+        index = int(device.name.rsplit(":", 1)[-1])
+        if index >= torch.cuda.device_count():
+            return ClusterFileError(
+                f"the cluster file names {device.name!r} and that host has {torch.cuda.device_count()} GPUs; "
+                "profile the cluster again"
+            )
+        return None
+    missing = sorted(set(device.cores) - os.sched_getaffinity(0))
+    if missing:
+        return ClusterFileError(
+            f"the cluster file gives {device.name!r} core {missing[0]}, which that host does not have or allow; "
+            "profile the cluster again"
+        )
+    return None
+
+
+def _own_device(host: str, local_rank: int, local_ranks: int) -> Device:
+    """Describe what this rank has: its GPU, or its part of the host's cores."""
+    found = Cluster.discover(measure_links=False, host=host)
+    gpus = [d for d in found.devices if d.kind == "cuda"]
+    if local_rank < len(gpus):
+        return gpus[local_rank]
+    cores = sorted(os.sched_getaffinity(0))
+    size = max(1, len(cores) // local_ranks)
+    own = tuple(cores[local_rank * size : (local_rank + 1) * size]) or tuple(cores)
+    base = next(d for d in found.devices if d.kind == "cpu")
+    return replace(base, name=f"{host}/cpu:{local_rank}", cores=own)
+
+
+def _torch_device(device: Device) -> torch.device:
+    return torch.device("cpu") if device.kind == "cpu" else torch.device("cuda", int(device.name.rsplit(":", 1)[-1]))
