@@ -1,0 +1,336 @@
+"""`DistributedModel`: a model under a plan on the ranks of a session, whatever the plan's shape.
+
+    single      one rank runs the model, the others wait for the loss
+    replicas    weighted data parallel                                  → `data_parallel`
+    stages      a pipeline                                              → `pipeline`
+    hybrid      pipelines, the gradients of their copies summed         → `pipeline`, `gradients`
+
+Parameters are updated where they are held: the user's optimizer does that on every rank, for the parameters that have a
+gradient there. Those of other ranks grow stale, and `synchronize` brings them up to date from their holders; `state_dict`
+of the model does so first (so all ranks have to call it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from autoplace.errors import ExecutionError
+from autoplace.plan import Plan
+from autoplace.runtime.batch import batch_size
+from autoplace.runtime.fitness import unfit
+
+from .data_parallel import WeightedDataParallel
+from .gradients import SharedGradients
+from .lookout import Lookout
+from .pipeline import Loss, Pipeline, _loss_of
+from .sampler import at_least_one
+from .session import Session
+
+__all__ = ["DistributedModel", "inputs_of"]
+
+
+def inputs_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword inputs: of a tuple, of a mapping, or of one input."""
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,), {}
+
+
+class DistributedModel:
+    """Runs the calls and training steps of one rank.
+
+    Args:
+        model: The model; the same on every rank.
+        plan: The plan; the same on every rank.
+        session: The group.
+        loss: Output to scalar loss for `train_step`; None takes `output.loss`, else a mean square.
+        batch_norm: `local` lets replicas compute batch statistics of their own parts, as DistributedDataParallel does;
+            `whole` refuses such plans.
+        lookout: Watches the other ranks; None = nobody does.
+
+    Raises:
+        ExecutionError: If the ranks have different plans or models, or the plan cannot run the model.
+        ClusterFileError: If no process runs one of the plan's devices.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        session: Session,
+        *,
+        loss: Loss | None = None,
+        batch_norm: str = "whole",
+        lookout: Lookout | None = None,
+    ) -> None:
+        self.model, self.plan, self.session, self._loss = model, plan, session, loss
+        self._batch_norm, self._lookout = batch_norm, lookout
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.state_dict(keep_vars=True).items()]
+        session.agree(
+            {"plan": _digest(plan.to_json()), "model": _digest(shapes)},
+            what="the ranks do not run the same plan and model",
+        )
+        names = [list(r.devices) for r in plan.replicas] or [[session.members[0]]]
+        self.ranks = [tuple(sorted({session.rank_of(name) for name in devices})) for devices in names]
+        """Ranks of every replica."""
+        self._shares = [r.share for r in plan.replicas] or [1.0]
+        self.replica = next((i for i, ranks in enumerate(self.ranks) if session.rank in ranks), None)
+        """The replica that this rank is part of; None where it takes no part."""
+        self._groups = [session.group(ranks) for ranks in self.ranks]
+        self._world = session.group(tuple(range(session.world_size)))
+        working = tuple(sorted(rank for ranks in self.ranks for rank in ranks))
+        together = session.group(working)
+        self._pipeline: Pipeline | None = None
+        self._parallel: WeightedDataParallel | None = None
+        self._shared: SharedGradients | None = None
+        self._known: set[Any] = set()
+        self._holders: dict[str, list[int]] = {}
+        self._stale = self._pending = False
+        self._accumulating = False
+        self._parameters = dict(model.named_parameters())
+        session.settle(self._refusal())
+        if plan.shape == "replicas" and self.replica is not None:
+            self._parallel = WeightedDataParallel(
+                model, session, together, buffers=batch_norm == "local" and _has_statistics(model)
+            )
+        elif plan.shape in ("stages", "hybrid") and self.replica is not None:
+            self._pipeline = Pipeline(
+                model,
+                plan.replicas[self.replica],
+                session,
+                self._groups[self.replica],
+                microbatches=plan.microbatches,
+                loss=loss,
+            )
+        self._hook = model.register_state_dict_pre_hook(lambda *_: self.synchronize())
+
+    def _refusal(self) -> ExecutionError | None:
+        parts = self.plan.with_(engine="threads")
+        if self.plan.shape == "replicas" and self._batch_norm == "local":
+            return None
+        reason = unfit(self.model, parts, training=self.model.training)
+        return ExecutionError(f"the plan does not fit the model: {reason}") if reason else None
+
+    # -- shares ----------------------------------------------------------------------------------------------------
+
+    def rank_shares(self) -> list[float]:
+        """Return every rank's part of the batch: its replica's, which all ranks of a pipeline have; 0 for idle ones."""
+        shares = [0.0] * self.session.world_size
+        for ranks, share in zip(self.ranks, self._shares, strict=True):
+            for rank in ranks:
+                shares[rank] = share
+        return shares
+
+    def sizes(self, batch: int) -> list[int]:
+        """Return the samples of every replica of a batch."""
+        return at_least_one(batch, self._shares)
+
+    def _part(self, values: Any, sizes: list[int]) -> Any:
+        """Return this rank's part of what has the batch's size; one sample where the part is empty."""
+        total = sum(sizes)
+        replica = 0 if self.replica is None else self.replica
+        start = sum(sizes[:replica])
+        rows = slice(start, start + sizes[replica]) if self.replica is not None and sizes[replica] else slice(0, 1)
+
+        def cut(value: Any) -> Any:
+            return value[rows] if isinstance(value, torch.Tensor) and value.dim() and len(value) == total else value
+
+        return pytree.tree_map(cut, values)
+
+    def shard(self, batch: Any) -> Any:
+        """Return this rank's part of a whole batch, of any nesting; the next call is expected to run it.
+
+        Raises:
+            ExecutionError: If nothing in it has a batch dimension.
+        """
+        sizes = self.sizes(batch_size(pytree.tree_leaves(batch)))
+        if self._parallel is not None:
+            self._parallel.expect(sizes[self.replica or 0], sum(sizes))
+        return self._part(batch, sizes)
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        if self._lookout is None:
+            yield
+            return
+        with self._lookout.watching():
+            yield
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run this rank's samples (replicas), or the replica's batch (pipelines, without gradients).
+
+        Raises:
+            ExecutionError: If gradients are wanted of a pipeline, or a rank was lost.
+        """
+        with self._watched():
+            if self._pipeline is not None:
+                if torch.is_grad_enabled():
+                    raise ExecutionError(
+                        "this plan is a pipeline over several ranks, whose last one computes the loss; "
+                        "train with model.train_step(inputs, targets), or run the model under torch.no_grad()"
+                    )
+                return self._forward(args, kwargs)
+            if torch.is_grad_enabled():
+                self._stale = True
+            return (self._parallel or self.model)(*args, **kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._pipeline is not None and self.replica is not None  # a pipeline's rank has both
+        with torch.no_grad():
+            prepared = self._pipeline.prepare(args, kwargs)
+        output = self._pipeline.forward(args, kwargs)
+        box = [output]
+        dist.broadcast_object_list(box, src=prepared.ranks[-1], group=self._groups[self.replica])
+        return box[0]
+
+    def train_step(self, inputs: Any, targets: Any = None) -> torch.Tensor:
+        """Run forward and backward of one whole batch, which every rank passes; the optimizer's step is the caller's.
+
+        Args:
+            inputs: A tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+            targets: Handed to the loss beside the output; None = the loss takes the output alone.
+
+        Returns:
+            The loss of the whole batch, a detached scalar, on every rank.
+
+        Raises:
+            ExecutionError: If the model cannot be split as planned, or a rank was lost.
+        """
+        with self._watched():
+            args, kwargs = inputs_of(inputs)
+            sizes = self.sizes(batch_size(pytree.tree_leaves((args, kwargs))))
+            part_args, part_kwargs = self._part((args, kwargs), sizes)
+            part_targets = None if targets is None else self._part(targets, sizes)
+            weight = 0.0 if self.replica is None else sizes[self.replica] / sum(sizes)
+            if self.plan.shape in ("stages", "hybrid"):
+                loss = self._pipelined(inputs, part_args, part_kwargs, part_targets, weight)
+            elif self.replica is None or weight == 0.0:
+                loss = self._alone(part_args, part_kwargs, part_targets, sizes) if self._parallel is not None else None
+            else:
+                loss = self._alone(part_args, part_kwargs, part_targets, sizes)
+            self._stale = True
+            total = torch.zeros((), device=self.session.torch_device)
+            if loss is not None:
+                total += loss.to(total) * weight
+            dist.all_reduce(total, group=self._world)
+            return total
+
+    def _alone(self, args: Any, kwargs: Any, targets: Any, sizes: list[int]) -> torch.Tensor:
+        """Run this rank's samples through the whole model."""
+        if self._parallel is not None:
+            self._parallel.expect(sizes[self.replica or 0], sum(sizes))
+        output = (self._parallel or self.model)(*args, **kwargs)
+        loss = _loss_of(self._loss, output, targets)
+        loss.backward()
+        return loss.detach()
+
+    def _pipelined(self, inputs: Any, args: Any, kwargs: Any, targets: Any, weight: float) -> torch.Tensor | None:
+        leaves = pytree.tree_leaves(inputs)
+        key = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
+        key = (key, self.model.training)
+        if key not in self._known:
+            self._prepare(args, kwargs, targets)
+            self._known.add(key)
+        if self._pipeline is None:
+            return None
+        own = [p for p in self._parameters.values() if p.grad is not None] if not self._pending else []
+        before = [(p, p.grad) for p in own]
+        for parameter in own:
+            parameter.grad = None
+        loss = self._pipeline.step(args, kwargs, targets, weight=weight) if weight else None
+        if self._accumulating:
+            self._pending = True
+        else:
+            if self._shared is not None:
+                self._shared.reduce()
+            self._pending = False
+        for parameter, grad in before:
+            parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+        return loss
+
+    def _prepare(self, args: Any, kwargs: Any, targets: Any) -> None:
+        """Split the model for a new kind of batch on all ranks, or raise on all of them."""
+
+        def own() -> tuple[list[str], str]:
+            if self._pipeline is None:
+                return [], ""
+            prepared = self._pipeline.prepare(args, kwargs, targets)
+            held = {id(tensor) for tensor in self._pipeline.held(prepared)}
+            every = (*self._parameters.items(), *self.model.named_buffers())
+            stages = [i for i, rank in enumerate(prepared.ranks) if rank == self.session.rank]
+            described = [(s.device, s.takes, [p.outputs for p in s.pieces]) for s in prepared.chain]
+            if self._lookout is not None:
+                self._lookout.role = f"stage {', '.join(map(str, stages))} of {len(prepared.ranks)}"
+            return [name for name, tensor in every if id(tensor) in held], _digest(described)
+
+        names, description = self.session.together(own)
+        found = self.session.gather((self.replica, names, description))
+        for replica, _, theirs in found:
+            if replica == self.replica and theirs != description:
+                raise ExecutionError("the ranks cut the model differently; install the same versions on all hosts")
+        holders: dict[str, list[int]] = {}
+        for rank, (_, held, _) in enumerate(found):
+            for name in held:
+                holders.setdefault(name, []).append(rank)
+        if holders != self._holders:
+            self._holders = holders
+            shared = {n: ranks for n, ranks in holders.items() if n in self._parameters and len(ranks) > 1}
+            shared = {n: ranks for n, ranks in shared.items() if self._parameters[n].requires_grad}
+            self._shared = SharedGradients(self.session, self._parameters, shared)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Add gradients up where they arise; the first backward, or `train_step`, after it sums them over the ranks."""
+        before, self._accumulating = self._accumulating, True
+        try:
+            if self._parallel is not None:
+                with self._parallel.no_sync():
+                    yield
+            else:
+                yield
+        finally:
+            self._accumulating = before
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def holders(self, name: str) -> list[int]:
+        """Return the ranks on which a parameter or buffer is up to date, the first of which is its owner."""
+        if self.plan.shape in ("stages", "hybrid"):
+            return self._holders.get(name, list(range(self.session.world_size)))
+        return sorted(rank for ranks in self.ranks for rank in ranks)
+
+    def synchronize(self) -> None:
+        """Bring all parameters and buffers up to date on all ranks; every rank has to call it."""
+        if not self._stale:
+            return
+        with self._watched(), torch.no_grad():
+            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+                holders = self.holders(name)
+                if len(holders) < self.session.world_size:
+                    dist.broadcast(tensor.detach(), src=holders[0], group=self._world)
+        self._stale = False
+
+    def close(self) -> None:
+        """Undo the hook at the model; the process group stays."""
+        self._hook.remove()
+        self._parallel = self._pipeline = None
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _has_statistics(model: torch.nn.Module) -> bool:
+    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
