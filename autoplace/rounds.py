@@ -36,6 +36,10 @@ _WARMUP = 2
 """Rounds before the counted ones."""
 _LEAST_ROUNDS = 5
 """Fewer rounds give no quartiles worth the name."""
+_DECIDING_ROUNDS = 11
+"""The interval of a median of fewer rounds is nearly all of them: a few per cent would never be believed."""
+_MOST_OVER = 0.5
+"""Part of the budget that the deciding run may have beside it, where compiling took the budget away."""
 _TRIAL_ROUNDS = 5
 """Pairs of a trial, at most."""
 _SLOW_PASS_S = 0.5
@@ -135,12 +139,17 @@ class Rounds:
     def beside_plain(self, chosen: Sequence[Candidate], wanted: int, step: str) -> list[Candidate]:
         """Measure plans interleaved with plain PyTorch, which runs twice a round; returns plain first."""
         settle, warmup = self._care(chosen)
-        able = int(self.left_s(step) / max((settle + 1) * self._round_s(chosen), 1e-6)) - warmup
-        rounds = max(min(wanted, _LEAST_ROUNDS), min(wanted, able))
+        round_s = max((settle + 1) * self._round_s(chosen), 1e-6)
+        able = int(self.left_s(step) / round_s) - warmup
+        least = _DECIDING_ROUNDS if step == "decide" else _LEAST_ROUNDS
+        rounds = max(min(wanted, least), min(wanted, able))
         plans = [Plan.plain(), Plan.plain(), *(c.plan for c in chosen)]
         self._total += len(plans) * (warmup + rounds)
         # A step that overran, by a pass that was waited for or by compiling, must not take the deciding run away.
-        until_s = max(self.until_s(step), time.perf_counter() + _LEAST_SHARE * SHARES[step] * self._config.budget_s)
+        least_s = _LEAST_SHARE * SHARES[step] * self._config.budget_s
+        if step == "decide":
+            least_s = max(least_s, min((warmup + least) * round_s, _MOST_OVER * self._config.budget_s))
+        until_s = max(self.until_s(step), time.perf_counter() + least_s)
         plain, again, *outcomes = self._evaluator.evaluate_interleaved(
             plans, rounds, warmup=warmup, settle=settle, until_s=until_s
         )
