@@ -9,9 +9,11 @@ input shapes → `autoplace.slots`; where plans come from → `autoplace.plannin
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +69,11 @@ class OptimizedParallel(torch.nn.Module):
         background: Whether tuning runs beside the program, on a copy of the model, while plain PyTorch serves.
         cache: Whether plans of earlier programs are used, after a short check, and the ones found are kept.
         progress: Told about a tuning's phases; None shows them on a terminal, False shows nothing.
+        batch_norm: Over several ranks, `"whole"` refuses plans that split the batch of a model with batch norm, as its
+            statistics would be those of a part; `"local"` takes that, as DistributedDataParallel does.
+
+    In a process that torchrun (or `autoplace run`) started, the model runs over all ranks → `autoplace.distribution`: a
+    call takes this rank's part of the batch (see `shard`), and `train_step` the whole batch.
 
     Raises:
         InputError: If `model` is no module, a weight is out of range or an option is none of its values.
@@ -102,6 +109,7 @@ class OptimizedParallel(torch.nn.Module):
         background: bool = False,
         cache: bool = True,
         progress: Progress | Literal[False] | None = None,
+        batch_norm: Literal["whole", "local"] = "whole",
     ) -> None:
         # No `super().__init__()`: it would make a state beside the model's.
         if isinstance(model, OptimizedParallel):
@@ -112,6 +120,7 @@ class OptimizedParallel(torch.nn.Module):
             ("replan", replan, (True, False, "tune")),
             ("precision", precision, ("float32", "auto")),
             ("compile", compile, (True, False, "auto")),
+            ("batch_norm", batch_norm, ("whole", "local")),
         ):
             if value not in allowed:
                 raise InputError(f"{name} is {value!r}; use {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
@@ -133,8 +142,13 @@ class OptimizedParallel(torch.nn.Module):
             "background": background,
             "cache": cache,
             "progress": progress,
+            "batch_norm": batch_norm,
         }
         state = State(model, options, plan_slot, replan_slot)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun's
+            from autoplace.distribution import Distribution
+
+            state.distribution = Distribution.of(model, options)
         object.__setattr__(self, "__dict__", model.__dict__)
         object.__setattr__(self, "_state", state)
         weakref.finalize(self, State.drop, state)
@@ -204,6 +218,8 @@ class OptimizedParallel(torch.nn.Module):
     @property
     def plan(self) -> Plan | None:
         """The plan that runs in the present mode; None before its first call."""
+        if self._state.distribution is not None:
+            return self._state.distribution.plan
         first = self._state.shown().first
         return None if first is None else first.running
 
@@ -244,11 +260,86 @@ class OptimizedParallel(torch.nn.Module):
                 raise InputError("another thread is tuning this model; wait for it")
             return tune_slot(state, mode, args, kwargs, budget_s=budget_s, objective=objective)
 
+    # -- over several ranks, and as plain PyTorch on one ------------------------------------------------------------
+
+    def train_step(self, inputs: Any, targets: Any = None) -> torch.Tensor:
+        """Run forward and backward of a whole batch; the optimizer's step is the caller's.
+
+        Over several ranks every one passes the whole batch and gets its loss, whatever the plan; the first call tunes.
+        On one machine it is a call, the loss and its backward.
+
+        Args:
+            inputs: A tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+            targets: Handed to `loss` beside the output; None = it takes the output alone.
+
+        Returns:
+            The loss, a detached scalar.
+
+        Raises:
+            ExecutionError: If the plan cannot run this batch, or a rank was lost.
+        """
+        from autoplace.workload import inputs_of, loss_of
+
+        if self._state.distribution is not None:
+            return self._state.distribution.train_step(inputs, targets)
+        args, kwargs = inputs_of(inputs)
+        loss = loss_of(self._state.options["loss"], self(*args, **kwargs), targets)
+        loss.backward()
+        return loss.detach()
+
+    def shard(self, batch: Any) -> Any:
+        """Return this rank's part of a whole batch, of any nesting; all of it on one machine."""
+        distribution = self._state.distribution
+        return batch if distribution is None else distribution.shard(batch)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients on this rank alone; the first backward after it sums them over the ranks."""
+        distribution = self._state.distribution
+        return nullcontext() if distribution is None else distribution.no_sync()
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale all gradients so that their norm over all ranks' parameters is at most `max_norm`; return the norm."""
+        distribution = self._state.distribution
+        if distribution is None:
+            return torch.nn.utils.clip_grad_norm_(self._state.model.parameters(), max_norm)
+        return distribution.clip_grad_norm_(max_norm)
+
+    def save_checkpoint(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None, **extra: Any) -> None:
+        """Write parameters, buffers and the optimizer's state as a folder; every rank calls it.
+
+        Args:
+            path: The folder, which all ranks can write to.
+            optimizer: Of this model's parameters.
+            **extra: What else JSON can hold, for `load_checkpoint` to return.
+        """
+        from autoplace.runtime.distributed.state import save_checkpoint
+
+        distribution = self._state.distribution
+        runner = None if distribution is None else distribution.runner
+        save_checkpoint(self._state.model, path, optimizer, runner=runner, **extra)
+
+    def load_checkpoint(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+        """Read what `save_checkpoint` wrote, under whatever plan and on however many ranks; returns its `extra`.
+
+        Raises:
+            InputError: If there is no complete checkpoint, or it is of another model.
+        """
+        from autoplace.runtime.distributed.state import load_checkpoint
+
+        return load_checkpoint(self._state.model, path, optimizer)
+
+    def _rank_shares(self) -> tuple[list[float], int]:
+        """Return every rank's part of the batch, and this rank, for `WeightedDistributedSampler`."""
+        distribution = self._state.distribution
+        return ([1.0], 0) if distribution is None else distribution.shares()
+
     def explain(self) -> str:
         """Return what runs where, and why, as a table for people."""
         from autoplace.report.explain import explain_plan
 
         state = self._state
+        if state.distribution is not None:
+            return state.distribution.explain()
         mode = state.shown()
         slot = mode.first
         if slot is None:
@@ -287,6 +378,8 @@ class OptimizedParallel(torch.nn.Module):
     def close(self) -> None:
         """End the threads of the plans; the next call plans again."""
         self._state.drop()
+        if self._state.distribution is not None:
+            self._state.distribution.close()
 
 
 def _rebuild(model: torch.nn.Module, options: Mapping[str, Any]) -> OptimizedParallel:

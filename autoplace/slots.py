@@ -37,6 +37,7 @@ from autoplace.runtime.fitness import Habits
 
 if TYPE_CHECKING:
     from autoplace.background import BackgroundTuning
+    from autoplace.distribution import Distribution
     from autoplace.result import TuneResult
 
 __all__ = ["Mode", "Slot", "State", "tell"]
@@ -211,6 +212,8 @@ class State:
         self._home_of: torch.Tensor | None = None
         self._home_known = False
         self.modes: list[Mode] = []
+        self.distribution: Distribution | None = None
+        """What runs the model where torchrun started this process; None on one machine."""
         self.forget()
         _states.add(self)
 
@@ -266,6 +269,8 @@ class State:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call whose mode is not settled."""
         model = self.model
+        if self.distribution is not None:
+            return self.distribution.call(args, kwargs)
         if self.forked:
             self._tell_forked()
             return model(*args, **kwargs)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from autoplace.errors import InputError
 
-__all__ = ["Workload", "default_loss"]
+__all__ = ["Workload", "default_loss", "inputs_of", "loss_of"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,3 +76,30 @@ def default_loss(output: Any) -> torch.Tensor:
     if not leaves:
         raise InputError("the model's output holds no tensor with a gradient; pass a loss, or tune in eval mode")
     return torch.stack([t.float().square().mean() for t in leaves]).sum()
+
+
+def inputs_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword inputs: of a tuple, of a mapping, or of one input."""
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,), {}
+
+
+def loss_of(loss: Callable[..., torch.Tensor] | None, output: Any, targets: Any = None) -> torch.Tensor:
+    """Return the scalar loss of an output.
+
+    Args:
+        loss: Takes the output, and the targets where there are some; None = `default_loss`.
+        output: The model's.
+        targets: None = the loss takes the output alone.
+
+    Raises:
+        InputError: If there are targets and no loss that could take them.
+    """
+    if targets is None:
+        return (loss or default_loss)(output)
+    if loss is None:
+        raise InputError("targets were given and no loss that takes them; pass loss= to OptimizedParallel")
+    return loss(output, targets)

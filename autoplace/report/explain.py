@@ -64,7 +64,7 @@ def explain_plan(
     if result is not None and (table := _alternatives(result, row)) is not None:
         lines += [table, ""]
     lines += list(_reasons(row, result, facts))
-    return _text(lines, width)
+    return as_text(lines, width)
 
 
 def _candidate(plan: Plan, result: TuneResult | None) -> Candidate | None:
@@ -252,7 +252,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, wide: int) 
     return table
 
 
-def _text(parts: Sequence[RenderableType], width: int) -> str:
+def as_text(parts: Sequence[RenderableType], width: int) -> str:
     from rich.console import Console
     from rich.text import Text
 

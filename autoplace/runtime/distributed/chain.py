@@ -1,9 +1,9 @@
 """`chain_of`: the stages of a split program in one line, as a pipeline of ranks wants them.
 
-The split is a graph of pieces (→ `graph.split`). A pipeline hands values from each stage to the next alone, so pieces are
-put in an order in which the device changes as seldom as can be found, runs of one device become one stage, and a value
-that jumps stages (a skip connection) is carried along by those in between. Inputs of the model and numbers that follow
-from their sizes are on every rank and are never sent; weights are each rank's own.
+The split is a graph of pieces (→ `graph.split`). A pipeline hands values from each stage to the next alone, so pieces
+are put in an order in which the device changes as seldom as can be found, runs of one device become one stage, and a
+value that jumps stages (a skip connection) is carried along by those in between. Inputs of the model and numbers that
+follow from their sizes are on every rank and are never sent; weights are each rank's own.
 
 Knows nothing of processes.
 """
@@ -41,14 +41,12 @@ def chain_of(program: Split) -> tuple[ChainStage, ...]:
     devices = list(dict.fromkeys(piece.device for piece in program.stages))
     runs = min((_runs(program.stages, first) for first in devices), key=len)
     made = {name: i for i, run in enumerate(runs) for piece in run for name in piece.outputs}
-    last_use = {name: -1 for name in made}
+    last_use = dict.fromkeys(made, -1)
     for i, run in enumerate(runs):
         for piece in run:
             last_use.update((name, i) for name in piece.inputs if name in made)
     last_use.update((name, len(runs) - 1) for name in program.outputs if isinstance(name, str) and name in made)
-    between = [
-        tuple(name for name in made if made[name] < i <= last_use[name]) for i in range(len(runs) + 1)
-    ]
+    between = [tuple(name for name in made if made[name] < i <= last_use[name]) for i in range(len(runs) + 1)]
     return tuple(
         ChainStage(device=run[0].device, pieces=tuple(run), takes=between[i], gives=between[i + 1])
         for i, run in enumerate(runs)

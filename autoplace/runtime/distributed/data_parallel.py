@@ -1,9 +1,9 @@
 """Data parallel with unequal shares: DistributedDataParallel, and a communication hook that weighs the gradients.
 
-The gradient of a mean over the whole batch of B samples is the sum over ranks of b/B times the gradient of the mean over
-the rank's own b samples, so the hook multiplies every bucket by b/B before it is summed; DDP overlaps the buckets with
-the backward as ever. B is known where the batch came from `shard` or the sampler; else the ranks add their b up while
-the forward runs.
+The gradient of a mean over the whole batch of B samples is the sum over ranks of b/B times the gradient of the mean
+over the rank's own b samples, so the hook multiplies every bucket by b/B before it is summed; DDP overlaps the
+buckets with the backward as ever. B is known where the batch came from `shard` or the sampler; else the ranks add
+their b up while the forward runs.
 
 1. Accumulation (`no_sync`): what was accumulated counts with the weights of its own calls. Where the present call's
    weight differs, the gradients so far are rescaled by the ratio of the two before it runs.
@@ -13,6 +13,7 @@ the forward runs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,12 @@ from .session import Session
 
 __all__ = ["WeightedDataParallel"]
 
+_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+"""What DDP calls the option to give rank 0's buffers to all before a forward; it was renamed."""
 _CALLS_BEFORE_LOOKING_BACK = 2
 """Calls with gradients after which the rank looks whether all parameters took part."""
 _NOTHING = 1e-12
@@ -66,7 +73,7 @@ class WeightedDataParallel:
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             process_group=self._group,
             find_unused_parameters=unused,
-            broadcast_buffers=self._buffers,
+            **{_BUFFERS: self._buffers},
             init_sync=self._calls == 0,
         )
         module.register_comm_hook(self, _weigh_and_sum)
@@ -134,3 +141,7 @@ def _weigh_and_sum(state: WeightedDataParallel, bucket: dist.GradBucket) -> torc
     gradients.mul_(state.weight())
     work = dist.all_reduce(gradients, group=state._group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
+
+
+# DDP compares the annotations with the types themselves, and here they are text.
+_weigh_and_sum.__annotations__.update(bucket=dist.GradBucket, **{"return": torch.futures.Future[torch.Tensor]})

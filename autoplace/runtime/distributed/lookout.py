@@ -48,7 +48,9 @@ class Lookout:
         self._lock = threading.Lock()
         self._unreachable_since: float | None = None
         self._stop = threading.Event()
-        prefix = f"autoplace/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{os.environ.get('TORCHELASTIC_RUN_ID')}"
+        prefix = (
+            f"autoplace/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{os.environ.get('TORCHELASTIC_RUN_ID')}"
+        )
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),

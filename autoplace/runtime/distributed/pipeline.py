@@ -2,18 +2,17 @@
 
     model's call → export, split → chain_of → PipelineStage per stage → GPipe | 1F1B | runtime schedule
 
-The split, and what binds it to the live parameters, are those of the engine `graph` (→ `runtime.stage_program`); stages
-and schedules, and all that is sent, are `torch.distributed.pipelining`'s. Every rank of the replica calls with the whole
-of the replica's batch: inputs are never sent, and the loss is computed inside the last stage.
+The split, and what binds it to the live parameters, are those of the engine `graph` (→ `runtime.stage_program`);
+stages and schedules, and all that is sent, are `torch.distributed.pipelining`'s. Every rank of the replica calls with
+the whole of the replica's batch: inputs are never sent, and the loss is computed inside the last stage.
 
-1. Shapes and types of what is handed over are found by running the stages on fake tensors, on every rank alike; no rank
-   runs the model to find out, which would count in batch statistics.
-2. Microbatches have one size: the largest number of them that divides the batch, up to the plan's, is taken. The loss is
-   the mean of theirs, as it is for losses that are means over samples.
+1. Shapes and types of what is handed over are found by running the stages on fake tensors, on every rank alike; no
+   rank runs the model to find out, which would count in batch statistics.
+2. Microbatches have one size: the largest number of them that divides the batch, up to the plan's, is taken. The loss
+   is the mean of theirs, as it is for losses that are means over samples.
 3. What is handed over is made contiguous. What cannot have a gradient is sent without one.
-4. Stages that one rank runs one after the other, in any order of ranks, take the runtime schedule; one stage a rank takes
-   GPipe, or 1F1B where there are microbatches enough.
-"""
+4. Stages that one rank runs one after the other, in any order of ranks, take the runtime schedule; one stage a rank
+   takes GPipe, or 1F1B where there are microbatches enough."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ from autoplace.plan import Replica
 from autoplace.runtime.batch import CAT, MEAN, batch_size, join_kinds
 from autoplace.runtime.stage_program import ProgramCache, StageProgram
 from autoplace.runtime.tree import Tree
-from autoplace.workload import default_loss
+from autoplace.workload import loss_of
 
 from .chain import ChainStage, chain_of
 from .session import Session
@@ -73,7 +72,7 @@ class Pipeline:
         self.model, self.session, self.group = model, session, group
         self.ranks = tuple(sorted({session.rank_of(name) for name in replica.devices}))
         self._microbatches, self._loss = microbatches, loss
-        self._cache = ProgramCache(model, replica.assignment, {name: session.torch_device for name in replica.devices})
+        self._cache = ProgramCache(model, replica.assignment, dict.fromkeys(replica.devices, session.torch_device))
         self._prepared: dict[tuple[int, int, bool], _Prepared] = {}
 
     @property
@@ -168,7 +167,7 @@ class _Prepared:
         )  # fmt: skip
         place = {rank: i for i, rank in enumerate(pipeline.ranks)}
         own: list[PipelineStage] = []
-        for i, stage in enumerate(chain):
+        for i in range(len(chain)):
             if ranks[i] != session.rank:
                 continue
             module = _StageModule(self, i)
@@ -219,17 +218,9 @@ class _StageModule(torch.nn.Module):
             prepared.outputs.append(output)
             return torch.zeros(())
         built = output.build(output.leaves)
-        loss = _loss_of(prepared.loss, built, prepared.targets[number])
+        loss = loss_of(prepared.loss, built, prepared.targets[number])
         prepared.losses.append(loss.detach())
         return loss * prepared.weights[number]
-
-
-def _loss_of(loss: Loss | None, output: Any, targets: Any) -> torch.Tensor:
-    if targets is not None:
-        if loss is None:
-            raise ExecutionError("targets were given and no loss; pass loss= to OptimizedParallel")
-        return loss(output, targets)
-    return (loss or default_loss)(output)
 
 
 def _run_stage(
@@ -307,9 +298,8 @@ def _schedule(stages: list[PipelineStage], places: Sequence[int], count: int, ba
     orders: dict[int, list[_Action | None]] = {place: [] for place in sorted(set(places))}
     for index, place in enumerate(places):
         orders[place] += [_Action(index, _ComputationType.FORWARD, n) for n in range(count)]
-    if backward:
-        for index in reversed(range(len(places))):
-            orders[places[index]] += [_Action(index, _ComputationType.FULL_BACKWARD, n) for n in range(count)]
+    for index in reversed(range(len(places))):  # the schedule wants them in any case; without a loss they do nothing
+        orders[places[index]] += [_Action(index, _ComputationType.FULL_BACKWARD, n) for n in range(count)]
     schedule.pipeline_order = orders
     schedule._prepare_schedule_with_comms(orders)
     return schedule

@@ -3,16 +3,15 @@
 All ranks hold the model, and build what a plan needs of it for as long as it is measured. Either every rank calls
 `evaluate` with the same plans, or rank 0 alone does and the others are in `serve`, which is how a policy is trained.
 
-For every plan: build, run one step and compare it with plain PyTorch's, then time the survivors round by round. A step's
-time is the slowest rank's, from a barrier on. What fails on one rank is an infeasible Outcome on all.
+For every plan: build, run one step and compare it with plain PyTorch's, then time the survivors round by round. A
+step's time is the slowest rank's, from a barrier on. What fails on one rank is an infeasible Outcome on all.
 
-1. Plain PyTorch's step is run once, on the rank whose device is fastest. What travels of it is its loss and two numbers a
-   gradient: its norm, and its product with random signs, which differ as much as the gradients do.
-   → `_fingerprints`
+1. Plain PyTorch's step is run once, on the rank whose device is fastest. What travels of it is its loss and two
+   numbers a gradient: its norm, and its product with random signs, which differ as much as the gradients do. →
+   `_fingerprints`
 2. Where no rank can hold a whole batch, plans are compared on its first `check_samples`.
 3. Without dropout, which is random, as long as they are compared.
-4. Energy is counted from idle and busy watts of the cluster file, where all devices have them: `model`.
-"""
+4. Energy is counted from idle and busy watts of the cluster file, where all devices have them: `model`."""
 
 from __future__ import annotations
 
@@ -32,9 +31,10 @@ from autoplace.outcome import Outcome
 from autoplace.plan import Plan
 from autoplace.problem import Objective
 from autoplace.runtime.batch import batch_size
+from autoplace.workload import inputs_of, loss_of
 
-from .pipeline import Loss, _loss_of
-from .runner import DistributedModel, inputs_of
+from .pipeline import Loss
+from .runner import DistributedModel
 from .session import Session
 
 __all__ = ["GroupEvaluator"]
@@ -274,7 +274,7 @@ class GroupEvaluator:
                 clear_gradients(self.model)
                 inputs, targets = self._some
                 args, kwargs = inputs_of(inputs)
-                loss = _loss_of(self._loss, self.model(*args, **kwargs), targets)
+                loss = loss_of(self._loss, self.model(*args, **kwargs), targets)
                 loss.backward()
                 grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
                 told = _Reference(loss=float(loss.detach()), prints=_fingerprints(grads))

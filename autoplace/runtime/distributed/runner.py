@@ -5,16 +5,15 @@
     stages      a pipeline                                              → `pipeline`
     hybrid      pipelines, the gradients of their copies summed         → `pipeline`, `gradients`
 
-Parameters are updated where they are held: the user's optimizer does that on every rank, for the parameters that have a
-gradient there. Those of other ranks grow stale, and `synchronize` brings them up to date from their holders; `state_dict`
-of the model does so first (so all ranks have to call it).
-"""
+Parameters are updated where they are held: the user's optimizer does that on every rank, for the parameters that have
+a gradient there. Those of other ranks grow stale, and `synchronize` brings them up to date from their holders;
+`state_dict` of the model does so first (so all ranks have to call it)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,24 +25,34 @@ from autoplace.errors import ExecutionError
 from autoplace.plan import Plan
 from autoplace.runtime.batch import batch_size
 from autoplace.runtime.fitness import unfit
+from autoplace.workload import inputs_of, loss_of
 
 from .data_parallel import WeightedDataParallel
 from .gradients import SharedGradients
 from .lookout import Lookout
-from .pipeline import Loss, Pipeline, _loss_of
+from .pipeline import Loss, Pipeline
 from .sampler import at_least_one
 from .session import Session
 
-__all__ = ["DistributedModel", "inputs_of"]
+__all__ = ["DistributedModel", "part_of"]
 
 
-def inputs_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword inputs: of a tuple, of a mapping, or of one input."""
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs,), {}
+def part_of(values: Any, sizes: Sequence[int], part: int | None) -> Any:
+    """Return one part's rows of everything that has the batch's size.
+
+    Args:
+        values: Of any nesting.
+        sizes: Samples of every part, which make up the batch.
+        part: Which one; None, or a part without a sample, gets the batch's first sample.
+    """
+    total = sum(sizes)
+    start = 0 if part is None else sum(sizes[:part])
+    rows = slice(0, 1) if part is None or not sizes[part] else slice(start, start + sizes[part])
+
+    def cut(value: Any) -> Any:
+        return value[rows] if isinstance(value, torch.Tensor) and value.dim() and len(value) == total else value
+
+    return pytree.tree_map(cut, values)
 
 
 class DistributedModel:
@@ -137,15 +146,7 @@ class DistributedModel:
 
     def _part(self, values: Any, sizes: list[int]) -> Any:
         """Return this rank's part of what has the batch's size; one sample where the part is empty."""
-        total = sum(sizes)
-        replica = 0 if self.replica is None else self.replica
-        start = sum(sizes[:replica])
-        rows = slice(start, start + sizes[replica]) if self.replica is not None and sizes[replica] else slice(0, 1)
-
-        def cut(value: Any) -> Any:
-            return value[rows] if isinstance(value, torch.Tensor) and value.dim() and len(value) == total else value
-
-        return pytree.tree_map(cut, values)
+        return part_of(values, sizes, self.replica)
 
     def shard(self, batch: Any) -> Any:
         """Return this rank's part of a whole batch, of any nesting; the next call is expected to run it.
@@ -232,7 +233,7 @@ class DistributedModel:
         if self._parallel is not None:
             self._parallel.expect(sizes[self.replica or 0], sum(sizes))
         output = (self._parallel or self.model)(*args, **kwargs)
-        loss = _loss_of(self._loss, output, targets)
+        loss = loss_of(self._loss, output, targets)
         loss.backward()
         return loss.detach()
 
@@ -310,6 +311,24 @@ class DistributedModel:
         if self.plan.shape in ("stages", "hybrid"):
             return self._holders.get(name, list(range(self.session.world_size)))
         return sorted(rank for ranks in self.ranks for rank in ranks)
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients so that their norm is at most `max_norm`; every rank has to call it.
+
+        Returns:
+            The norm before, over every parameter once, wherever it is held.
+        """
+        own = [(n, p.grad) for n, p in self._parameters.items() if p.grad is not None]
+        squares = torch.zeros((), device=self.session.torch_device)
+        for name, grad in own:
+            if self.holders(name)[0] == self.session.rank:
+                squares += grad.to(squares.dtype).square().sum()
+        dist.all_reduce(squares, group=self._world)
+        norm = squares.sqrt()
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+        for _, grad in own:
+            grad.mul_(factor)
+        return norm
 
     def synchronize(self) -> None:
         """Bring all parameters and buffers up to date on all ranks; every rank has to call it."""

@@ -1,9 +1,9 @@
 """Checkpoints of a model under any plan, by torch.distributed.checkpoint: written by the ranks that hold the tensors.
 
 A checkpoint is a folder. Every parameter and buffer is in it once, written by its owner; so is every tensor of the
-optimizer's state, under the name of the parameter that it belongs to, so that it can be loaded under another plan and by
-another number of ranks: who holds a parameter there reads its state. Numbers (an optimizer's `step`, the caller's own
-`extra`) are tensors or JSON text.
+optimizer's state, under the name of the parameter that it belongs to, so that it can be loaded under another plan and
+by another number of ranks: who holds a parameter there reads its state. Numbers (an optimizer's `step`, the caller's
+own `extra`) are tensors or JSON text.
 
 A checkpoint is complete once its folder has its final name: it is written beside it and renamed.
 """
@@ -29,34 +29,46 @@ _MODEL, _OPTIMIZER, _EXTRA = "model/", "optimizer/", "extra"
 
 
 def save_checkpoint(
-    runner: DistributedModel, path: str | Path, optimizer: torch.optim.Optimizer | None = None, **extra: Any
+    model: torch.nn.Module,
+    path: str | Path,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    runner: DistributedModel | None = None,
+    **extra: Any,
 ) -> None:
     """Write a checkpoint; every rank has to call it, with a path that all of them can write to.
 
     Args:
-        runner: The model under its plan.
+        model: The model.
         path: The folder; one that is there already is replaced once the new one is complete.
         optimizer: Whose state is kept, for parameters of the model.
+        runner: Runs the model under its plan; None = every rank that there is holds all of it.
         **extra: What JSON can hold: the epoch, for example.
     """
-    rank, path = runner.session.rank, Path(path)
+    rank, path = dist.get_rank() if dist.is_initialized() else 0, Path(path)
+
+    def owns(name: str) -> bool:
+        return rank == (0 if runner is None else runner.holders(name)[0])
+
     partial = path.with_name(path.name + ".partial")
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    _wait()
     tensors: dict[str, torch.Tensor] = {}
-    every = (*runner.model.named_parameters(), *runner.model.named_buffers())
-    tensors |= {_MODEL + name: t.detach() for name, t in every if runner.holders(name)[0] == rank}
+    every = (*model.named_parameters(), *model.named_buffers())
+    tensors |= {_MODEL + name: t.detach() for name, t in every if owns(name)}
     if optimizer is not None:
-        names = {id(p): name for name, p in runner.model.named_parameters()}
+        names = {id(p): name for name, p in model.named_parameters()}
         for parameter, state in optimizer.state.items():
             name = names.get(id(parameter))
             if name is None:
                 raise InputError("the optimizer has a parameter that is none of the model's; make it of this model's")
-            if runner.holders(name)[0] == rank:
+            if owns(name):
                 tensors |= {f"{_OPTIMIZER}{name}//{key}": torch.as_tensor(value) for key, value in state.items()}
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(partial), sync_files=True))
+    dcp.save(
+        tensors, storage_writer=dcp.FileSystemWriter(str(partial), sync_files=True), no_dist=not dist.is_initialized()
+    )
     if rank == 0:
         (partial / f"{_EXTRA}.json").write_text(json.dumps(extra), encoding="utf-8")
         old = path.with_name(path.name + ".old")
@@ -65,7 +77,12 @@ def save_checkpoint(
             path.rename(old)
         partial.rename(path)
         shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+    _wait()
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def load_checkpoint(
@@ -105,7 +122,7 @@ def load_checkpoint(
                 name, _, item = key.removeprefix(_OPTIMIZER).partition("//")
                 empty = torch.empty(tuple(found.size), dtype=found.properties.dtype)  # type: ignore[union-attr]
                 tensors[key] = states.setdefault(name, {})[item] = empty
-    dcp.load(tensors, storage_reader=reader)
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     if optimizer is not None:
         parameters = dict(model.named_parameters())
         optimizer.state.clear()

@@ -1,0 +1,314 @@
+"""`tune_group()`: from a model and a whole batch to a measured plan over the ranks of a session.
+
+    capture → profile on every rank → propose and simulate (rank 0) → measure the best few → calibrate, propose again
+            → measure what that finds → decide
+
+Every rank runs it with the same arguments, and returns the same. The baselines are measured in the same rounds as the
+rest: the fastest single device, and even data parallel, which is what people would run without us. A plan is kept in
+their place when its median step is faster than the better of them by more than the noise of that run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+
+from autoplace.choose import MOST_FINALISTS, NOISE_FLOOR
+from autoplace.costs.calibrate_cluster import ClusterCalibration, calibrate_cluster
+from autoplace.costs.cluster_build import build_cluster_problem
+from autoplace.errors import InfeasibleError
+from autoplace.graph.capture import capture
+from autoplace.graph.coarsen import coarsen
+from autoplace.measure.pool import plan_key
+from autoplace.measure.protocol import aa_noise, median_interval
+from autoplace.outcome import Outcome
+from autoplace.plan import Plan
+from autoplace.problem import Objective, Problem
+from autoplace.runtime.distributed.pipeline import Loss
+from autoplace.runtime.distributed.pool import GroupEvaluator
+from autoplace.runtime.distributed.session import Session
+from autoplace.simulate.cluster_factors import ClusterFactors
+from autoplace.simulate.collectives import ClusterEvaluator
+from autoplace.strategies.distributed import propose_distributed
+from autoplace.workload import Workload, inputs_of, loss_of
+
+__all__ = ["GroupResult", "GroupRow", "tune_group"]
+
+T = TypeVar("T")
+
+_SCREENED, _SCREENED_AGAIN = 6, 4
+_ROUNDS, _FINAL_ROUNDS = 3, 11
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRow:
+    """One plan, and what is known of it."""
+
+    label: str
+    plan: Plan
+    predicted: Outcome | None = None
+    """Before any run of this tuning."""
+    calibrated: Outcome | None = None
+    """By the simulator as calibrated in the end."""
+    measured: Outcome | None = None
+    baseline: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupResult:
+    """What a tuning over ranks found."""
+
+    plan: Plan
+    rows: tuple[GroupRow, ...]
+    noise: float
+    """A/A noise of the deciding run, as a fraction."""
+    runs: int
+    """Plans measured, those measured twice counted twice."""
+    problem: Problem | None = None
+    """As profiled."""
+    calibration: ClusterCalibration | None = None
+    """Of the simulator, by all plans that ran; None where fewer than two did."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Phase to wall seconds."""
+    notes: tuple[str, ...] = ()
+
+
+def tune_group(
+    model: torch.nn.Module,
+    inputs: Any,
+    session: Session,
+    *,
+    targets: Any = None,
+    loss: Loss | None = None,
+    batch_norm: str = "whole",
+    objective: Objective | None = None,
+    policy: str | None = "default",
+    budget_s: float = 60.0,
+    max_groups: int = 64,
+    record: Callable[[Plan, Outcome], None] | None = None,
+) -> GroupResult:
+    """Find the plan under which a training step of this batch is fastest; every rank has to call it.
+
+    Args:
+        model: The model, with the same parameters on every rank.
+        inputs: A whole batch, the same on every rank.
+        session: The group.
+        targets, loss, batch_norm: See `DistributedModel`.
+        objective: What to tune for; None = latency.
+        policy: Learned policy that proposes too; None goes without.
+        budget_s: Seconds for the real runs.
+        max_groups: Op groups that are placed.
+        record: Called on rank 0 with every plan that ran and its Outcome.
+
+    Raises:
+        InputError: If the model cannot run on the inputs.
+        InfeasibleError: If no plan fits the memory of the devices, or none of those that do could run.
+    """
+    return _Tuning(model, inputs, session, targets, loss, batch_norm, objective or Objective()).run(
+        policy, budget_s, max_groups, record
+    )
+
+
+class _Tuning:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inputs: Any,
+        session: Session,
+        targets: Any,
+        loss: Loss | None,
+        batch_norm: str,
+        objective: Objective,
+    ) -> None:
+        self.model, self.inputs, self.session = model, inputs, session
+        self.targets, self.loss, self.batch_norm, self.objective = targets, loss, batch_norm, objective
+        self.rows: dict[str, GroupRow] = {}
+        self.seconds: dict[str, float] = {}
+        self.calibration: ClusterCalibration | None = None
+
+    def run(
+        self, policy: str | None, budget_s: float, max_groups: int, record: Callable[[Plan, Outcome], None] | None
+    ) -> GroupResult:
+        start = time.perf_counter()
+        args, kwargs = inputs_of(self.inputs)
+        workload = Workload(
+            model=self.model,
+            args=args,
+            kwargs=kwargs,
+            training=True,
+            loss=lambda output: loss_of(self.loss, output, self.targets),
+            name=type(self.model).__name__,
+        )
+        grouping = self.session.together(lambda: self._grouping(workload, max_groups))
+        problem = build_cluster_problem(workload, grouping, self.session, objective=self.objective)
+        self.seconds["profile"] = time.perf_counter() - start
+        self._propose(problem, policy)
+        self.seconds["propose"] = time.perf_counter() - start - sum(self.seconds.values())
+        end = time.perf_counter() + budget_s
+        fits = any(r.baseline and r.plan.shape == "single" for r in self.rows.values())
+        evaluator = GroupEvaluator(
+            self.model,
+            self.inputs,
+            self.session,
+            targets=self.targets,
+            loss=self.loss,
+            batch_norm=self.batch_norm,
+            objective=self.objective,
+            check_samples=None if fits else self.session.world_size,
+            reference_rank=self._reference_rank(problem),
+            record=record,
+        )
+        self._screen(evaluator, _SCREENED, budget_s * 0.4)
+        if self._calibrate(problem, policy, again=True):
+            self._screen(evaluator, _SCREENED_AGAIN, budget_s * 0.2)
+            self._calibrate(problem, policy, again=False)
+        best, noise = self._decide(evaluator, max(1.0, self._left(end)))
+        self.seconds["measure"] = time.perf_counter() - start - sum(self.seconds.values())
+        return GroupResult(
+            plan=best.plan,
+            rows=tuple(self.rows.values()),
+            noise=noise,
+            runs=evaluator.evaluations,
+            problem=problem,
+            seconds=self.seconds,
+            notes=() if self.calibration is None else (self.calibration.sentence,),
+            calibration=self.calibration,
+        )
+
+    def _on_rank_0(self, work: Callable[[], T]) -> T:
+        """Return on all ranks what rank 0 finds, or raise on all what it raises."""
+        found = self.session.together(lambda: work() if self.session.rank == 0 else None)
+        return self.session.broadcast(found)  # type: ignore[return-value]
+
+    def _left(self, end: float) -> float:
+        return self.session.broadcast(end - time.perf_counter())
+
+    def _grouping(self, workload: Workload, max_groups: int) -> Any:
+        captured = capture(workload)
+        return coarsen(captured.graph, max_groups=max_groups, called=captured.called)
+
+    def _reference_rank(self, problem: Problem) -> int:
+        totals = problem.latency_ms.sum(axis=0)
+        order = sorted(
+            range(self.session.world_size), key=lambda r: totals[problem.cluster.index[self.session.members[r]]]
+        )
+        return order[0]
+
+    def _propose(self, problem: Problem, policy: str | None, factors: ClusterFactors | None = None) -> list[str]:
+        """Ask the strategies on rank 0; return the keys of plans that are new."""
+
+        def propose() -> list[tuple[str, dict[str, Any], Outcome | None, bool]]:
+            found = propose_distributed(problem, policy=_loaded(policy), factors=factors)
+            return [(c.label, c.plan.to_json(), _light(c.predicted), _is_baseline(c.label)) for c in found]
+
+        fresh = []
+        for label, data, predicted, baseline in self._on_rank_0(propose):
+            plan = Plan.from_json(data)
+            key = plan_key(plan)
+            if key not in self.rows:
+                fresh.append(key)
+                # What a calibrated simulator proposes was not foretold; the label may be taken.
+                known = {row.label for row in self.rows.values()}
+                label = label if label not in known else f"{label} (again)"
+                before, after = (predicted, None) if factors is None else (None, predicted)
+                self.rows[key] = GroupRow(label=label, plan=plan, predicted=before, calibrated=after, baseline=baseline)
+        return fresh
+
+    def _screen(self, evaluator: GroupEvaluator, count: int, budget_s: float) -> None:
+        """Measure the baselines and the best predicted plans that have not run yet."""
+        waiting = [(k, r) for k, r in self.rows.items() if r.measured is None]
+        picked = [k for k, r in waiting if r.baseline]
+        kinds: set[str] = set()
+        for key, row in waiting:  # the best of each shape, then the best
+            if row.plan.shape not in kinds and key not in picked:
+                kinds.add(row.plan.shape)
+                picked.append(key)
+        order = sorted(waiting, key=lambda kr: _forecast(kr[1]))
+        picked += [k for k, _ in order if k not in picked]
+        picked = picked[: count + sum(self.rows[k].baseline for k in picked)]
+        if not picked:
+            return
+        outcomes = evaluator.evaluate_interleaved([self.rows[k].plan for k in picked], _ROUNDS, budget_s=budget_s)
+        for key, outcome in zip(picked, outcomes, strict=True):
+            self.rows[key] = replace(self.rows[key], measured=outcome)
+
+    def _calibrate(self, problem: Problem, policy: str | None, *, again: bool) -> bool:
+        """Fit the simulator to what ran; return whether it proposes plans that are new."""
+        ran = [(r.plan, r.measured) for r in self.rows.values() if r.measured is not None and r.measured.feasible]
+        if len(ran) < 2:
+            return False
+
+        def calibrate() -> tuple[ClusterCalibration, list[Outcome]]:
+            fitted = calibrate_cluster(problem, [p for p, _ in ran], [o for _, o in ran])
+            simulator = ClusterEvaluator(problem, factors=fitted.factors)
+            return fitted, simulator.evaluate([r.plan for r in self.rows.values()])
+
+        calibration, outcomes = self._on_rank_0(calibrate)
+        for (key, row), outcome in zip(list(self.rows.items()), outcomes, strict=True):
+            self.rows[key] = replace(row, calibrated=outcome)
+        self.calibration = calibration
+        return bool(self._propose(problem, policy, calibration.factors)) if again else False
+
+    def _decide(self, evaluator: GroupEvaluator, budget_s: float) -> tuple[GroupRow, float]:
+        """Run the finalists and the better baseline, twice, in a longer run; return what is kept and the noise."""
+        able = [r for r in self.rows.values() if r.measured is not None and r.measured.feasible]
+        if not able:
+            reasons = {r.measured.reason for r in self.rows.values() if r.measured is not None}
+            raise InfeasibleError(f"no plan could run on these ranks: {'; '.join(sorted(reasons))[:400]}")
+        able.sort(key=lambda r: r.measured.objective if r.measured else float("inf"))
+        baselines = [r for r in able if r.baseline]
+        if not baselines:
+            return able[0], 0.0
+        base = baselines[0]
+        finalists = [r for r in able if not r.baseline][:MOST_FINALISTS]
+        if not finalists:
+            return base, 0.0
+        plans = [base.plan, base.plan, *(r.plan for r in finalists)]
+        plain, again, *outcomes = evaluator.evaluate_interleaved(plans, _FINAL_ROUNDS, budget_s=budget_s)
+        if not (plain.feasible and again.feasible):
+            return able[0], 0.0
+        noise = max(NOISE_FLOOR, aa_noise(plain.samples_ms, again.samples_ms))
+        best, gain = base, 1.0
+        for row, outcome in zip(finalists, outcomes, strict=True):
+            self.rows[plan_key(row.plan)] = replace(row, measured=outcome if outcome.feasible else row.measured)
+            if not outcome.feasible:
+                continue
+            ratios = [a / b for a, b in zip(plain.samples_ms, outcome.samples_ms, strict=True)]
+            median = statistics.median(ratios)
+            if median > max(gain, 1.0 + noise) and median_interval(ratios)[0] > 1.0:
+                best, gain = row, median
+        self.rows[plan_key(base.plan)] = replace(base, measured=plain)
+        return best, noise
+
+
+def _is_baseline(label: str) -> bool:
+    return label.startswith("single") or "even data parallel" in label
+
+
+def _light(outcome: Outcome | None) -> Outcome | None:
+    """Return an Outcome without its timeline, to be sent."""
+    return None if outcome is None else replace(outcome, timeline=())
+
+
+def _forecast(row: GroupRow) -> float:
+    outcome = row.calibrated or row.predicted
+    return float("inf") if outcome is None else outcome.objective
+
+
+def _loaded(policy: str | None) -> Any:
+    if policy is None:
+        return None
+    from autoplace.errors import PolicyError
+    from autoplace.zoo import load_policy
+
+    try:
+        return load_policy(policy)
+    except PolicyError:
+        if policy != "default":
+            raise
+        return None

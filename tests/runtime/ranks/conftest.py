@@ -1,0 +1,44 @@
+"""Groups of ranks that the tests of this folder share."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _module(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+Ranks = _module("ranks").Ranks
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    group = Ranks(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def three_ranks():
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    group = Ranks(3)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def jobs():
+    return _module("jobs")

@@ -1,0 +1,20 @@
+"""Real runs of plans on a group of ranks that stays."""
+
+from __future__ import annotations
+
+
+def test_every_shape_is_measured_and_found_right(two_ranks, jobs):
+    shapes = ["single", "replicas", "stages", "alternating"]
+    for outcomes in two_ranks.run(jobs.measured, shapes):
+        for shape, (feasible, reason, latency_ms, rounds) in zip(shapes, outcomes, strict=True):
+            assert feasible, (shape, reason)
+            assert 0 < latency_ms < 10_000 and rounds == 5
+
+
+def test_rank_0_leads_and_the_others_follow(two_ranks, jobs):
+    assert two_ranks.run(jobs.led, ["replicas", "stages"]) == [3, 3]
+
+
+def test_a_plan_that_computes_something_else_is_thrown_out(two_ranks, jobs):
+    for replicas, single in two_ranks.run(jobs.wrong_loss):
+        assert "the loss is" in replicas and not single
