@@ -5,7 +5,8 @@ A composer, as `planning` is for one machine. Where a plan comes from:
 1. The plan that the user gave, or the file of `AUTOPLACE_PLAN`.
 2. `train_step` gives the whole batch to every rank, so all kinds of plans can be tuned on it → `group_tuner`.
 3. A call has this rank's part alone, and the caller computes the loss: data parallel, with shares by the speed that
-   each rank reaches on its own part. The first call is the measurement; shares are even until then."""
+   each rank reaches on its own part. The first call is the measurement; shares are even until then.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from autoplace.runtime.distributed.lookout import Lookout
 from autoplace.runtime.distributed.runner import DistributedModel, part_of
 from autoplace.runtime.distributed.sampler import at_least_one
 from autoplace.runtime.distributed.session import Session
+from autoplace.runtime.stage_program import Exports
 from autoplace.workload import default_loss
 
 if TYPE_CHECKING:
@@ -152,7 +154,7 @@ class Distribution:
 
     # -- plans -----------------------------------------------------------------------------------------------------
 
-    def _install(self, plan: Plan) -> DistributedModel:
+    def _install(self, plan: Plan, exports: Exports | None = None) -> DistributedModel:
         if self.runner is not None:
             self.runner.synchronize()
             self.runner.close()
@@ -163,6 +165,7 @@ class Distribution:
             loss=self._options["loss"],
             batch_norm=self._options["batch_norm"],
             lookout=self.lookout,
+            exports=exports,
         )
         return self.runner
 
@@ -185,6 +188,7 @@ class Distribution:
 
         if self.runner is not None:
             self.runner.synchronize()
+        exports: Exports = {}
         self.result = tune_group(
             self.model,
             inputs,
@@ -195,8 +199,9 @@ class Distribution:
             objective=self._options["objective"],
             policy=self._options["policy"],
             budget_s=budget_s or self._options["budget_s"],
+            exports=exports,
         )
-        return self._install(self.result.plan)
+        return self._install(self.result.plan, exports)
 
     def _by_speed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         """Return the data parallel plan whose shares are the speeds of the ranks on their own parts."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
 from autoplace.choose import MOST_FINALISTS, NOISE_FLOOR
 from autoplace.costs.calibrate_cluster import ClusterCalibration, calibrate_cluster
@@ -29,9 +30,11 @@ from autoplace.measure.protocol import aa_noise, median_interval
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
 from autoplace.problem import Objective, Problem
+from autoplace.runtime.batch import batch_size
 from autoplace.runtime.distributed.pipeline import Loss
-from autoplace.runtime.distributed.pool import GroupEvaluator
+from autoplace.runtime.distributed.pool import GroupEvaluator, first_of
 from autoplace.runtime.distributed.session import Session
+from autoplace.runtime.stage_program import Exports
 from autoplace.simulate.cluster_factors import ClusterFactors
 from autoplace.simulate.collectives import ClusterEvaluator
 from autoplace.strategies.distributed import propose_distributed
@@ -91,6 +94,7 @@ def tune_group(
     budget_s: float = 60.0,
     max_groups: int = 64,
     record: Callable[[Plan, Outcome], None] | None = None,
+    exports: Exports | None = None,
 ) -> GroupResult:
     """Find the plan under which a training step of this batch is fastest; every rank has to call it.
 
@@ -104,13 +108,14 @@ def tune_group(
         budget_s: Seconds for the real runs.
         max_groups: Op groups that are placed.
         record: Called on rank 0 with every plan that ran and its Outcome.
+        exports: See `DistributedModel`.
 
     Raises:
         InputError: If the model cannot run on the inputs.
         InfeasibleError: If no plan fits the memory of the devices, or none of those that do could run.
     """
     return _Tuning(model, inputs, session, targets, loss, batch_norm, objective or Objective()).run(
-        policy, budget_s, max_groups, record
+        policy, budget_s, max_groups, record, exports
     )
 
 
@@ -127,12 +132,18 @@ class _Tuning:
     ) -> None:
         self.model, self.inputs, self.session = model, inputs, session
         self.targets, self.loss, self.batch_norm, self.objective = targets, loss, batch_norm, objective
+        self.batch = batch_size(pytree.tree_leaves(inputs))
         self.rows: dict[str, GroupRow] = {}
         self.seconds: dict[str, float] = {}
         self.calibration: ClusterCalibration | None = None
 
     def run(
-        self, policy: str | None, budget_s: float, max_groups: int, record: Callable[[Plan, Outcome], None] | None
+        self,
+        policy: str | None,
+        budget_s: float,
+        max_groups: int,
+        record: Callable[[Plan, Outcome], None] | None,
+        exports: Exports | None,
     ) -> GroupResult:
         start = time.perf_counter()
         args, kwargs = inputs_of(self.inputs)
@@ -141,7 +152,7 @@ class _Tuning:
             args=args,
             kwargs=kwargs,
             training=True,
-            loss=lambda output: loss_of(self.loss, output, self.targets),
+            loss=self._loss_of_part,
             name=type(self.model).__name__,
         )
         grouping = self.session.together(lambda: self._grouping(workload, max_groups))
@@ -162,6 +173,7 @@ class _Tuning:
             check_samples=None if fits else self.session.world_size,
             reference_rank=self._reference_rank(problem),
             record=record,
+            exports=exports,
         )
         self._screen(evaluator, _SCREENED, budget_s * 0.4)
         if self._calibrate(problem, policy, again=True):
@@ -179,6 +191,11 @@ class _Tuning:
             notes=() if self.calibration is None else (self.calibration.sentence,),
             calibration=self.calibration,
         )
+
+    def _loss_of_part(self, output: Any) -> torch.Tensor:
+        """Return the loss of an output of as many samples as it has: profiling runs halves of the batch as well."""
+        size = next((len(x) for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.dim()), 0)
+        return loss_of(self.loss, output, first_of(self.targets, self.batch, size or self.batch))
 
     def _on_rank_0(self, work: Callable[[], T]) -> T:
         """Return on all ranks what rank 0 finds, or raise on all what it raises."""

@@ -20,6 +20,8 @@ tau. Cases are kept one by one in `build/cluster.jsonl`, so that a run that was 
 from __future__ import annotations
 
 import argparse
+import datetime
+import faulthandler
 import itertools
 import json
 import math
@@ -66,6 +68,8 @@ def worker(name: str, options: argparse.Namespace) -> None:
     from autoplace.runtime.distributed.runner import DistributedModel
 
     warnings.simplefilter("ignore")
+    if options.verbose:
+        faulthandler.dump_traceback_later(options.limit_s * 0.8)
     torch.set_num_threads(1)
     session = Session.join()
     model, batch = build(name, options.seed)
@@ -174,7 +178,9 @@ def _pipeline(name: str, seed: int, batch: dict[str, Any], session: Any) -> Call
             raise ValueError(f"it made {pipe.num_stages} stages")
         return pipe
 
-    stage = session.together(cut).build_stage(session.rank, torch.device("cpu"))
+    # Where one rank fails the other waits for it; in a group of its own it does so for a minute and not for ever.
+    own = torch.distributed.new_group(timeout=datetime.timedelta(seconds=60))
+    stage = session.together(cut).build_stage(session.rank, torch.device("cpu"), own)
     schedule = ScheduleGPipe(stage, chunks, loss_fn=lambda output, _target: output["loss"])
     feed = batch if session.rank == 0 else {}
     target = torch.zeros(chunks) if session.rank == size - 1 else None
@@ -196,10 +202,10 @@ def _pipeline(name: str, seed: int, batch: dict[str, Any], session: Any) -> Call
     # Right or not, against plain PyTorch on rank 0.
     plain, _ = build(name, seed)
     plain(**batch)["loss"].backward()
-    own = {n: p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
     wanted = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
     wrong = next(
-        (n for n, g in own.items() if n in wanted and not torch.allclose(g, wanted[n], rtol=1e-2, atol=1e-5)), ""
+        (n for n, g in grads.items() if n in wanted and not torch.allclose(g, wanted[n], rtol=1e-2, atol=1e-5)), ""
     )
     wrong = next((text for text in session.gather(wrong) if text), "")
     if wrong:
@@ -224,7 +230,8 @@ def run_case(bed: TestBed, name: str, port: int, options: argparse.Namespace) ->
             "AUTOPLACE_TIMEOUT_S": "300",
         }  # fmt: skip
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--budget", str(options.budget),
-                   "--seed", str(options.seed)]  # fmt: skip
+                   "--seed", str(options.seed), "--limit-s", str(options.limit_s)]  # fmt: skip
+        command += ["--verbose"] if options.verbose else []
         stdout = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         stderr = None if options.verbose else subprocess.DEVNULL
         processes.append(bed.popen(device.host, command, env={**os.environ, **own}, stdout=stdout, stderr=stderr))

@@ -15,7 +15,7 @@ import autoplace
 ROOT = Path(__file__).parent.parent
 SOURCES = Path(autoplace.__file__).parent
 HEAVY = ("gymnasium", "stable_baselines3", "sb3_contrib", "mlflow", "optuna", "matplotlib")
-COMPOSERS = ("tuner", "parallel", "tracked", "cli")
+COMPOSERS = ("tuner", "group_tuner", "parallel", "tracked", "cli")
 """The only modules of the core that may reach upward, inside a function."""
 
 requires_checkout = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="needs the repository's files")

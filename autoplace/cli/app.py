@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,8 @@ __all__ = ["run"]
 VERBS = {
     "tune": ("autoplace.cli.tune", "tune", "Find the fastest plan for a model on these devices, by real runs."),
     "place": ("autoplace.cli.place", "place", "Place a problem file's ops on its devices; no model needed."),
-    "profile": ("autoplace.cli.profile", "profile", "Discover and measure this machine's devices."),
+    "profile": ("autoplace.cli.profile", "profile", "Discover and measure the devices of this machine, or of several."),
+    "run": ("autoplace.cli.run", "run", "Run a script on all devices of a cluster, one process each."),
     "train": ("autoplace.cli.train", "train", "Train a placement policy for a cluster."),
     "tune-agent": ("autoplace.cli.tune_agent", "tune_agent", "Search the hyperparameters that policies train with."),
     "ui": ("autoplace.cli.ui", "ui", "Open the MLflow UI on autoplace's runs."),
@@ -37,22 +38,38 @@ ZOO_VERBS = {
 }
 
 
+PASSES_ON = ("run",)
+"""Verbs whose first argument ends their options: what follows belongs to the script."""
+
+
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 when done, 2 on a user's error, 130 on Ctrl-C.
+    """Run the command line and exit: 0 when done, 2 on a user's error, 130 on Ctrl-C; `run` as its script does.
 
     Args:
-        arguments: What follows `autoplace`; None = the process's own. `--debug` may stand anywhere.
+        arguments: What follows `autoplace`; None = the process's own. `--debug` may stand anywhere but behind a script.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words or bool(os.environ.get("AUTOPLACE_DEBUG"))
-    words = [word for word in words if word != "--debug"]
+    own, passed_on = _split(words)
+    debug = "--debug" in own or bool(os.environ.get("AUTOPLACE_DEBUG"))
+    own = [word for word in own if word != "--debug"]
     try:
-        _app(words)(args=words, prog_name="autoplace")
+        _app(own)(args=[*own, *passed_on], prog_name="autoplace")
     except AutoplaceError as error:
-        if debug:
+        # A verb that passes words on takes --debug itself, and sets the variable for what it starts too.
+        if debug or os.environ.get("AUTOPLACE_DEBUG"):
             raise
         print(f"autoplace: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words up to and with a verb that passes on what follows, and the rest; all of them for other verbs."""
+    for i, word in enumerate(words):
+        if word in PASSES_ON:
+            return list(words[: i + 1]), list(words[i + 1 :])
+        if not word.startswith("-"):
+            break
+    return list(words), []
 
 
 def _app(words: Sequence[str]) -> typer.Typer:
@@ -75,7 +92,9 @@ def _typer(help: str) -> typer.Typer:
 def _register(app: typer.Typer, verbs: Mapping[str, tuple[str, str, str]], words: Sequence[str]) -> None:
     for name, (module, function, summary) in verbs.items():
         if name in words:
-            app.command(name=name)(getattr(importlib.import_module(module), function))
+            settings: dict[str, Any] = {"allow_interspersed_args": name not in PASSES_ON}
+            command = getattr(importlib.import_module(module), function)
+            app.command(name=name, context_settings=settings)(command)
         else:
             app.command(name=name, help=summary)(_not_named)
 

@@ -1,4 +1,4 @@
-"""`Device`, `Link` and `Cluster`: what a model can be placed on. Plain data; discovery lives in `hardware.discover`."""
+"""`Device`, `Link`, `Host` and `Cluster`: what a model can be placed on. Plain data; `hardware.discover` finds it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autoplace.errors import ClusterFileError
 
-__all__ = ["Cluster", "Device", "Link"]
+__all__ = ["Cluster", "Device", "Host", "Link"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,29 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Host:
+    """One machine of the cluster: how a process is started on it, and how the others reach it."""
+
+    name: str
+    """What the devices' names have before the slash."""
+    address: str = ""
+    """Name or IP address by which other hosts reach it; empty = the name, or 127.0.0.1 when all hosts are local."""
+    launch: tuple[str, ...] = ()
+    """Words that go before a command to run it there, for example `ssh`, `user@node1`; empty = on this machine."""
+    interface: str = ""
+    """Network interface that gloo and NCCL use there; empty = the one that has the address, else their choice."""
+    directory: str = ""
+    """Working directory there; empty = the same as here."""
+    python: str = ""
+    """Interpreter there that has autoplace; empty = the same as here."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its processes are started on this machine as they are."""
+        return not self.launch
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Devices in a fixed order, and the bandwidth and latency between any two."""
 
@@ -63,6 +86,8 @@ class Cluster:
     """(source name, target name) to link; directed."""
     default_link: Link | None = None
     """Used where `links` has none; None means that such a pair cannot talk."""
+    hosts: tuple[Host, ...] = ()
+    """How to start processes on the devices' hosts; the first is where ranks meet. Empty = this machine alone."""
 
     def __post_init__(self) -> None:
         names = [d.name for d in self.devices]
@@ -75,6 +100,10 @@ class Cluster:
             for end in pair:
                 if end not in names:
                     raise ClusterFileError(f"a link names device {end!r}, which is not in the cluster")
+        hosts = [host.name for host in self.hosts]
+        if len(set(hosts)) < len(hosts):
+            twice = next(n for n in hosts if hosts.count(n) > 1)
+            raise ClusterFileError(f"host {twice!r} is listed twice; give each host its own name")
 
     @staticmethod
     def discover(*, measure_links: bool = True, host: str = "host0") -> Cluster:
@@ -108,6 +137,10 @@ class Cluster:
         from autoplace.hardware.cluster_file import save_cluster
 
         save_cluster(self, path)
+
+    def on(self, host: str) -> tuple[Device, ...]:
+        """Return the devices of one host, in order: its first process runs the first of them, and so on."""
+        return tuple(d for d in self.devices if d.host == host)
 
     @property
     def num_devices(self) -> int:
@@ -144,7 +177,8 @@ class Cluster:
     def fingerprint(self) -> str:
         """Sha256 (first 16 hex digits) of the devices' names, kinds, models, cores and memory.
 
-        Measured figures (links, watts) are left out, so that profiling twice gives the same fingerprint.
+        Measured figures (links, watts) and how hosts are reached are left out, so that profiling twice gives the same
+        fingerprint.
         """
         facts = [
             (d.name, d.kind, d.model, list(d.cores), None if math.isinf(d.memory_bytes) else int(d.memory_bytes))

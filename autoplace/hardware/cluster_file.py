@@ -1,28 +1,39 @@
-"""`cluster.yaml` in and out: devices, links and the default link of a Cluster, format `autoplace.cluster/1`.
+"""`cluster.yaml` in and out: devices, links, the default link and the hosts of a Cluster, format `autoplace.cluster/1`.
 
-Reading trusts nothing: plain YAML without aliases and doubled keys, known keys only, right types, finite numbers; what
-is wrong gets one sentence that names the place. An absent `memory_bytes` is unlimited.
+Reading trusts nothing: what is wrong gets one sentence that names the place (→ `_fields`). An absent `memory_bytes` is
+unlimited; absent `hosts` are this machine alone.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from autoplace.errors import ClusterFileError
-from autoplace.files import read_text, write_text_atomically
-from autoplace.hardware.cluster import Cluster, Device, Link
+from autoplace.files import write_text_atomically
+from autoplace.hardware._fields import items, mapping, number, optional_text, parse, read, short, text
+from autoplace.hardware.cluster import Cluster, Device, Host, Link
 
-__all__ = ["CLUSTER_FORMAT", "load_cluster", "save_cluster"]
+__all__ = [
+    "CLUSTER_FORMAT",
+    "HOSTS_FORMAT",
+    "HOST_KEYS",
+    "cluster_from_text",
+    "cluster_to_text",
+    "host_of",
+    "load_cluster",
+    "save_cluster",
+]
 
 CLUSTER_FORMAT = "autoplace.cluster/1"
-_MAX_CHARACTERS = 4 << 20  # some 40,000 links; more is no cluster file, and YAML is slow to read
-_TOP_KEYS = ("format", "devices", "links", "default_link")
+HOSTS_FORMAT = "autoplace.hosts/1"
+"""What people write before profiling → `hosts_file`."""
+HOST_KEYS = ("name", "address", "launch", "interface", "directory", "python")
+_TOP_KEYS = ("format", "devices", "links", "default_link", "hosts")
 _DEVICE_KEYS = ("name", "kind", "memory_bytes", "idle_watts", "busy_watts", "watts_source", "cores", "model")
 _LINK_KEYS = ("source", "target", "latency_ms", "bytes_per_ms")
 
@@ -33,13 +44,23 @@ def load_cluster(path: str | Path) -> Cluster:
     Raises:
         ClusterFileError: If the file is missing, unreadable, no YAML, or describes no usable cluster.
     """
-    text = read_text(path, ClusterFileError)
-    if len(text) > _MAX_CHARACTERS:
-        raise ClusterFileError(f"{path} holds {len(text):,} characters, too many for a cluster file; check the path")
+    return cluster_from_text(read(path), where=path)
+
+
+def cluster_from_text(content: str, *, where: str | Path) -> Cluster:
+    """Return the cluster that a YAML text describes.
+
+    Args:
+        content: The text.
+        where: It comes from, for messages.
+
+    Raises:
+        ClusterFileError: If it is no YAML, or describes no usable cluster.
+    """
     try:
-        return _cluster(_parse(text))
+        return _cluster(parse(content))
     except ClusterFileError as cause:
-        raise ClusterFileError(f"{path}: {cause}") from None
+        raise ClusterFileError(f"{where}: {cause}") from None
 
 
 def save_cluster(cluster: Cluster, path: str | Path) -> None:
@@ -48,6 +69,14 @@ def save_cluster(cluster: Cluster, path: str | Path) -> None:
     Raises:
         ClusterFileError: If the file cannot be written.
     """
+    try:
+        write_text_atomically(path, cluster_to_text(cluster))
+    except OSError as cause:
+        raise ClusterFileError(f"{path} cannot be written: {cause}; choose another path") from None
+
+
+def cluster_to_text(cluster: Cluster) -> str:
+    """Return a cluster as YAML."""
     data: dict[str, Any] = {"format": CLUSTER_FORMAT, "devices": [_device_data(d) for d in cluster.devices]}
     if cluster.links:
         data["links"] = [
@@ -55,55 +84,44 @@ def save_cluster(cluster: Cluster, path: str | Path) -> None:
         ]
     if cluster.default_link is not None:
         data["default_link"] = _link_data(cluster.default_link)
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
-    try:
-        write_text_atomically(path, text)
-    except OSError as cause:
-        raise ClusterFileError(f"{path} cannot be written: {cause}; choose another path") from None
+    if cluster.hosts:
+        data["hosts"] = [_host_data(host) for host in cluster.hosts]
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML: no aliases (a few hundred bytes can stand for gigabytes), no doubled keys, 1e6 is a number."""
+def host_of(fields: Mapping[str, Any], place: str) -> Host:
+    """Return the host that a mapping of `HOST_KEYS` describes.
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise ClusterFileError(f"line {mark.line + 1} uses an alias (*name); write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in getattr(node, "value", ()):
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise ClusterFileError(f"line {key.start_mark.line + 1} gives {key.value!r} a second time; keep one")
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
-
-
-# YAML 1.1 takes 1e6 for text, since it wants a dot and a signed exponent; people write 1e6.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as cause:
-        mark = cause.problem_mark or cause.context_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ClusterFileError(f"this is not YAML: {cause.problem or 'it cannot be parsed'}{place}") from None
-    except (yaml.YAMLError, ValueError, TypeError) as cause:
-        raise ClusterFileError(f"this is not YAML: {' '.join(str(cause).split())[:200]}") from None
-    except RecursionError:
-        raise ClusterFileError("this is nested too deeply to be a cluster file") from None
+    Raises:
+        ClusterFileError: Naming the place of what is wrong.
+    """
+    launch = items([] if fields.get("launch") is None else fields["launch"], f"{place}.launch")
+    words = {f"launch[{i}]": word for i, word in enumerate(launch)}
+    for key in words:
+        text(words, key, place)
+    host = Host(
+        name=text(fields, "name", place),
+        address=optional_text(fields, "address", place),
+        launch=tuple(launch),
+        interface=optional_text(fields, "interface", place),
+        directory=optional_text(fields, "directory", place),
+        python=optional_text(fields, "python", place),
+    )
+    if "/" in host.name:
+        raise ClusterFileError(f"{place}.name is {short(host.name)}; a host's name has no slash")
+    for key, value in {**fields, **words}.items():
+        if isinstance(value, str) and not value.isprintable():
+            raise ClusterFileError(f"{place}.{key} has characters that cannot be printed; leave them out")
+    return host
 
 
 def _cluster(data: Any) -> Cluster:
-    top = _mapping(data, "the file", _TOP_KEYS, required=("format", "devices"))
+    if isinstance(data, dict) and data.get("format") == HOSTS_FORMAT:
+        raise ClusterFileError("this names hosts only; make a cluster file of it by `autoplace profile --cluster`")
+    top = mapping(data, "the file", _TOP_KEYS, required=("format", "devices"))
     if top["format"] != CLUSTER_FORMAT:
-        raise ClusterFileError(f"format is {_short(top['format'])}; this version reads {CLUSTER_FORMAT!r}")
-    devices = [_device(entry, f"devices[{i}]") for i, entry in enumerate(_list(top["devices"], "devices"))]
+        raise ClusterFileError(f"format is {short(top['format'])}; this version reads {CLUSTER_FORMAT!r}")
+    devices = [_device(entry, f"devices[{i}]") for i, entry in enumerate(items(top["devices"], "devices"))]
     owners: dict[tuple[str, int], str] = {}
     for device in devices:
         for core in device.cores:
@@ -111,10 +129,10 @@ def _cluster(data: Any) -> Cluster:
             if owner != device.name:
                 raise ClusterFileError(f"core {core} belongs to {owner!r} and to {device.name!r}; give it to one")
     links: dict[tuple[str, str], Link] = {}
-    for i, entry in enumerate(_list(top.get("links") or [], "links")):
+    for i, entry in enumerate(items(top.get("links") or [], "links")):
         place = f"links[{i}]"
-        fields = _mapping(entry, place, _LINK_KEYS, required=_LINK_KEYS)
-        pair = (_text(fields, "source", place), _text(fields, "target", place))
+        fields = mapping(entry, place, _LINK_KEYS, required=_LINK_KEYS)
+        pair = (text(fields, "source", place), text(fields, "target", place))
         if pair[0] == pair[1]:
             raise ClusterFileError(f"{place} leads from {pair[0]!r} to itself; leave it out")
         if pair in links:
@@ -122,92 +140,45 @@ def _cluster(data: Any) -> Cluster:
         links[pair] = _link(fields, place)
     default = top.get("default_link")
     if default is not None:
-        default = _link(_mapping(default, "default_link", _LINK_KEYS[2:], required=_LINK_KEYS[2:]), "default_link")
-    return Cluster(devices=tuple(devices), links=links, default_link=default)
+        default = _link(mapping(default, "default_link", _LINK_KEYS[2:], required=_LINK_KEYS[2:]), "default_link")
+    entries = items([] if top.get("hosts") is None else top["hosts"], "hosts")
+    hosts = [host_of(mapping(e, f"hosts[{i}]", HOST_KEYS, ("name",)), f"hosts[{i}]") for i, e in enumerate(entries)]
+    return Cluster(devices=tuple(devices), links=links, default_link=default, hosts=tuple(hosts))
 
 
 def _device(entry: Any, place: str) -> Device:
-    fields = _mapping(entry, place, _DEVICE_KEYS, required=("name", "kind"))
-    memory_bytes = _number(fields, "memory_bytes", place)
-    idle_watts, busy_watts = (_number(fields, key, place) for key in ("idle_watts", "busy_watts"))
+    fields = mapping(entry, place, _DEVICE_KEYS, required=("name", "kind"))
+    memory_bytes = number(fields, "memory_bytes", place)
+    idle_watts, busy_watts = (number(fields, key, place) for key in ("idle_watts", "busy_watts"))
     if idle_watts is not None and busy_watts is not None and busy_watts < idle_watts:
         raise ClusterFileError(f"{place} draws {busy_watts} W busy and {idle_watts} W idle; busy must not be less")
     return Device(
-        name=_text(fields, "name", place),
-        kind=_text(fields, "kind", place),
+        name=text(fields, "name", place),
+        kind=text(fields, "kind", place),
         memory_bytes=math.inf if memory_bytes is None else memory_bytes,
         idle_watts=idle_watts,
         busy_watts=busy_watts,
-        watts_source=None if fields.get("watts_source") is None else _text(fields, "watts_source", place),
+        watts_source=None if fields.get("watts_source") is None else text(fields, "watts_source", place),
         cores=_cores(fields.get("cores"), place),
-        model="" if not fields.get("model") else _text(fields, "model", place),
+        model="" if not fields.get("model") else text(fields, "model", place),
     )
 
 
 def _cores(value: Any, place: str) -> tuple[int, ...]:
-    cores = _list([] if value is None else value, f"{place}.cores")
+    cores = items([] if value is None else value, f"{place}.cores")
     for i, core in enumerate(cores):
         if isinstance(core, bool) or not isinstance(core, int) or core < 0:
-            raise ClusterFileError(f"{place}.cores[{i}] is {_short(core)}; use a CPU id, 0 or more")
+            raise ClusterFileError(f"{place}.cores[{i}] is {short(core)}; use a CPU id, 0 or more")
     if len(set(cores)) < len(cores):
         raise ClusterFileError(f"{place}.cores names a core twice; keep one")
     return tuple(cores)
 
 
 def _link(fields: Mapping[str, Any], place: str) -> Link:
-    latency_ms, bytes_per_ms = _number(fields, "latency_ms", place), _number(fields, "bytes_per_ms", place)
+    latency_ms, bytes_per_ms = number(fields, "latency_ms", place), number(fields, "bytes_per_ms", place)
     if latency_ms is None or not bytes_per_ms:
         raise ClusterFileError(f"{place} needs a latency_ms of 0 or more and a bytes_per_ms above 0")
     return Link(latency_ms=latency_ms, bytes_per_ms=bytes_per_ms)
-
-
-def _mapping(value: Any, place: str, known: Sequence[str], required: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ClusterFileError(f"{place} is {_short(value)}; expected keys and values: {', '.join(known)}")
-    for key in value:
-        if key not in known:
-            raise ClusterFileError(f"{place} has an unknown key {_short(key)}; known are {', '.join(known)}")
-    for key in required:
-        if key not in value:
-            raise ClusterFileError(f"{place} lacks {key!r}; add it")
-    return value
-
-
-def _list(value: Any, place: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ClusterFileError(f"{place} is {_short(value)}; expected a list")
-    return value
-
-
-def _text(fields: Mapping[str, Any], key: str, place: str) -> str:
-    value = fields[key]
-    if not isinstance(value, str) or not value.strip():
-        raise ClusterFileError(f"{place}.{key} is {_short(value)}; expected a text that is not empty")
-    return value
-
-
-def _number(fields: Mapping[str, Any], key: str, place: str) -> float | None:
-    """Return a finite number of 0 or more; None when absent or null."""
-    value = fields.get(key)
-    if value is None:
-        return None
-    # An int of hundreds of digits compares well but does not convert.
-    good = not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < 1e300
-    if not good:
-        raise ClusterFileError(f"{place}.{key} is {_short(value)}; use a finite number, 0 or more")
-    return float(value)
-
-
-def _short(value: Any) -> str:
-    """Return a scalar as it is and anything deeper by its type, so that no message grows with the file."""
-    if value is None:
-        return "empty"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else "a huge number"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _device_data(device: Device) -> dict[str, Any]:
@@ -228,3 +199,11 @@ def _device_data(device: Device) -> dict[str, Any]:
 
 def _link_data(link: Link) -> dict[str, float]:
     return {"latency_ms": float(link.latency_ms), "bytes_per_ms": float(link.bytes_per_ms)}
+
+
+def _host_data(host: Host) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": host.name}
+    for key in HOST_KEYS[1:]:
+        if value := getattr(host, key):
+            data[key] = list(value) if key == "launch" else value
+    return data

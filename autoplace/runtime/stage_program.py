@@ -30,7 +30,7 @@ from autoplace.graph.tracing import modules_to_trace
 from .fitness import HOOKS, has_global_hooks, records_outputs
 from .tree import Tree, shared_object
 
-__all__ = ["ProgramCache", "StageProgram"]
+__all__ = ["Exports", "ProgramCache", "StageProgram"]
 
 MAX_PROGRAMS = 8
 """Programs that a cache makes before it refuses more: each takes seconds."""
@@ -112,6 +112,10 @@ class _Constant:
         self.value = value
 
 
+Exports = dict[Any, list[tuple[torch.export.ExportedProgram, Tree]]]
+"""What a call depends on, to the programs exported for it, and their outputs' structures."""
+
+
 class ProgramCache:
     """The stage programs of one model under one assignment.
 
@@ -119,15 +123,21 @@ class ProgramCache:
         model: The model.
         assignment: Op group name to device name.
         places: Device name to torch device.
+        exports: Programs that several caches of this model are to share, each cutting them in its own way; the model
+            must not change meanwhile. None = this one's are its own.
 
     Raises:
         ExecutionError: If the assignment names a module that the model lacks.
     """
 
     def __init__(
-        self, model: torch.nn.Module, assignment: Mapping[str, str], places: Mapping[str, torch.device]
+        self,
+        model: torch.nn.Module,
+        assignment: Mapping[str, str],
+        places: Mapping[str, torch.device],
+        exports: Exports | None = None,
     ) -> None:
-        self._model, self._places = model, places
+        self._model, self._places, self._exports = model, places, exports
         first = {id(module): path for path, module in model.named_modules()}
         self._canonical = {path: first[id(m)] for path, m in model.named_modules(remove_duplicate=False)}
         self._own: dict[str, dict[int, str]] = {}
@@ -178,6 +188,11 @@ class ProgramCache:
         sizes = tuple(tuple(t.shape) for t in tensors)
         if (key, sizes) in self._refused:
             raise ExecutionError(self._refused[key, sizes])
+        for exported, output in self._exports.get(key, ()) if self._exports is not None else ():
+            program = self._cut(_twin(exported), output)
+            if program.split.accepts(tensors):
+                self._programs.setdefault(key, []).append(program)
+                return program
         if self._count >= MAX_PROGRAMS:
             raise ExecutionError(
                 f"the calls of this model differ in more than {MAX_PROGRAMS} ways, and each takes an export; "
@@ -185,7 +200,7 @@ class ProgramCache:
             )
         self._count += 1
         try:
-            program = self._make(inputs, tensors, batch)
+            program = self._make(key, inputs, tensors, batch)
             if not program.split.accepts(tensors):
                 raise CaptureError("the exported graph does not take the inputs that it was made of")
         except CaptureError as error:
@@ -207,14 +222,20 @@ class ProgramCache:
         autocasts = tuple(torch.get_autocast_dtype(kind) for kind in _AUTOCAST if torch.is_autocast_enabled(kind))
         return structure, values, kinds, torch.is_grad_enabled(), autocasts, self._settings.read()
 
-    def _make(self, inputs: Tree, tensors: Sequence[torch.Tensor], batch: int | None) -> StageProgram:
+    def _make(self, key: Any, inputs: Tree, tensors: Sequence[torch.Tensor], batch: int | None) -> StageProgram:
         outputs: list[Tree] = []
         with modules_to_trace(self._model) as model:
             flat = _Flat(model, inputs, outputs)
             flat.training = model.training
             program = export_flat(flat, tensors, batch=batch)
+        if self._exports is not None:
+            self._exports.setdefault(key, []).append((program, outputs[0]))
+            program = _twin(program)
+        return self._cut(program, outputs[0])
+
+    def _cut(self, program: torch.export.ExportedProgram, output: Tree) -> StageProgram:
         stages = split(program, self._device_of, self._places, root="model")
-        return StageProgram(self._model, stages, outputs[0])
+        return StageProgram(self._model, stages, copy.copy(output))
 
     def _device_of(self, modules: Sequence[tuple[str, int]]) -> str | None:
         for path, number in reversed(modules):
@@ -222,6 +243,14 @@ class ProgramCache:
                 if calls := self._own.get(prefix):
                     return calls.get(number) or next(iter(calls.values()))
         return None
+
+
+def _twin(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Return a program with a graph of its own, which may be changed; all tensors are shared."""
+    twin = copy.copy(program)
+    graph = copy.deepcopy(program.graph_module.graph)
+    twin._graph_module = torch.fx.GraphModule(program.graph_module, graph)
+    return twin
 
 
 class _Settings:

@@ -49,6 +49,17 @@ def test_debug_shows_the_traceback():
         run(["place", "nowhere.json", "--debug"])
 
 
+def test_what_follows_a_script_belongs_to_the_script(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "autoplace.runtime.distributed.launch.run_script",
+        lambda cluster, command, **options: started.append(command) or 5,
+    )
+    words = ["train.py", "--debug", "--cluster", "theirs", "-m", "--help", "--", "tune"]
+    assert _exit_code("run", "--cluster", "ours.yaml", *words) == 5
+    assert started == [words]
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys\nfrom autoplace.cli.app import run\n"

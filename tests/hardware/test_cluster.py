@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from autoplace.errors import ClusterFileError
-from autoplace.hardware.cluster import Cluster, Device, Link
+from autoplace.hardware.cluster import Cluster, Device, Host, Link
 
 A, B = Device(name="host0/cpu:0", kind="cpu"), Device(name="host1/cpu:0", kind="cpu")
 
@@ -26,14 +26,23 @@ def test_names_and_links_are_checked():
         Cluster(devices=(A, A))
     with pytest.raises(ClusterFileError, match="not in the cluster"):
         Cluster(devices=(A,), links={(A.name, "x"): Link(latency_ms=0, bytes_per_ms=1)})
+    with pytest.raises(ClusterFileError, match="host 'a' is listed twice"):
+        Cluster(devices=(A,), hosts=(Host(name="a"), Host(name="a")))
 
 
 def test_fingerprint_holds_facts_not_measurements():
     cluster = Cluster(devices=(A, B))
     measured = Cluster(devices=(replace(A, idle_watts=3.0), B), default_link=Link(latency_ms=1, bytes_per_ms=1))
     assert measured.fingerprint == cluster.fingerprint
+    assert Cluster(devices=(A, B), hosts=(Host(name="host0"),)).fingerprint == cluster.fingerprint
     assert Cluster(devices=(replace(A, memory_bytes=1e9), B)).fingerprint != cluster.fingerprint
     assert Cluster(devices=(B, A)).fingerprint != cluster.fingerprint
+
+
+def test_devices_of_a_host_come_in_order():
+    other = Device(name="host0/cpu:1", kind="cpu")
+    assert Cluster(devices=(A, B, other)).on("host0") == (A, other)
+    assert Cluster(devices=(A,)).on("nobody") == ()
 
 
 def test_host_and_index():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoplace.errors import ClusterFileError
-from autoplace.hardware.cluster import Cluster, Device, Link
+from autoplace.hardware.cluster import Cluster, Device, Host, Link
 from autoplace.hardware.cluster_file import load_cluster, save_cluster
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cluster.yaml"
@@ -49,6 +49,18 @@ def test_a_good_file_says_what_it_says(load):
     assert cluster.default_link == Link(latency_ms=0.0, bytes_per_ms=1e6)
 
 
+HOSTS = "hosts:\n- {name: host0}\n- {name: b, address: 10.0.0.2, launch: [ssh, u@b], interface: eth0}\n"
+
+
+def test_hosts_are_read_and_are_no_part_of_the_fingerprint(load):
+    cluster = load(GOOD + HOSTS)
+    assert cluster.hosts == (
+        Host(name="host0"),
+        Host(name="b", address="10.0.0.2", launch=("ssh", "u@b"), interface="eth0"),
+    )
+    assert cluster.fingerprint == load(GOOD).fingerprint
+
+
 BAD = {
     "empty": ("", "the file is empty"),
     "a list": ("- 1", "the file is a list"),
@@ -86,6 +98,17 @@ BAD = {
     "no bandwidth": (GOOD.replace("12e6", "0"), r"links\[0\] needs"),
     "links no list": (GOOD.replace("links:\n- {", "links:\n  {"), "links is a mapping"),
     "default link lacks": (GOOD.replace("latency_ms: 0, ", ""), "default_link lacks 'latency_ms'"),
+    "hosts no list": (GOOD + "hosts: {name: a}", "hosts is a mapping"),
+    "host no mapping": (GOOD + "hosts: [a]", r"hosts\[0\] is 'a'"),
+    "unknown host key": (GOOD + HOSTS.replace("interface", "device"), r"hosts\[1\] has an unknown key 'device'"),
+    "nameless host": (GOOD + "hosts: [{address: a}]", r"hosts\[0\] lacks 'name'"),
+    "host with a slash": (GOOD + "hosts: [{name: a/b}]", r"hosts\[0\].name is 'a/b'"),
+    "launch is a text": (GOOD + "hosts: [{name: a, launch: ssh a}]", r"hosts\[0\].launch is 'ssh a'; expected a list"),
+    "launch of numbers": (GOOD + "hosts: [{name: a, launch: [ssh, 7]}]", r"hosts\[0\].launch\[1\] is 7"),
+    "address is a number": (GOOD + "hosts: [{name: a, address: 10.1}]", r"hosts\[0\].address is 10.1"),
+    "NUL in a word": (GOOD + 'hosts: [{name: a, launch: ["s\\0h"]}]', r"hosts\[0\].launch\[0\] has characters"),
+    "same host twice": (GOOD + "hosts: [{name: a}, {name: a}]", "host 'a' is listed twice"),
+    "hosts alone": ("format: autoplace.hosts/1\nhosts: [{name: a}]", "autoplace profile --cluster"),
     "doubled key": (GOOD + "format: autoplace.cluster/1", "line 8 gives 'format' a second time"),
     "alias": ("format: &a x\ndevices: *a", "line 2 uses an alias"),
     "list as key": ("? [1]\n: 2", "not YAML"),
@@ -140,9 +163,24 @@ def clusters(draw):
             )
         )
     link = st.builds(Link, latency_ms=amounts, bytes_per_ms=st.floats(1e-3, 1e15))
+    word = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=8).filter(lambda w: "/" not in w)
+    hosts = st.lists(
+        st.builds(
+            Host,
+            name=word,
+            address=st.just("") | word,
+            launch=st.lists(word, max_size=3).map(tuple),
+            interface=st.just("") | word,
+            directory=st.just("") | word,
+            python=st.just("") | word,
+        ),
+        max_size=3,
+        unique_by=lambda host: host.name,
+    )
     pairs = [(a.name, b.name) for a in devices for b in devices if a is not b]
     links = {pair: draw(link) for pair in pairs if draw(st.booleans())}
-    return Cluster(devices=tuple(devices), links=links, default_link=draw(st.none() | link))
+    default = draw(st.none() | link)
+    return Cluster(devices=tuple(devices), links=links, default_link=default, hosts=tuple(draw(hosts)))
 
 
 @settings(max_examples=60, deadline=None)

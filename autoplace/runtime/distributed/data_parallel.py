@@ -68,13 +68,14 @@ class WeightedDataParallel:
         self._accumulated: float | None = None
 
     def _wrapped(self, model: torch.nn.Module, *, unused: bool) -> DistributedDataParallel:
+        buffers: dict[str, Any] = {_BUFFERS: self._buffers}
         module = DistributedDataParallel(
             model,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             process_group=self._group,
             find_unused_parameters=unused,
-            **{_BUFFERS: self._buffers},
             init_sync=self._calls == 0,
+            **buffers,
         )
         module.register_comm_hook(self, _weigh_and_sum)
         return module

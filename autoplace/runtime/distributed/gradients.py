@@ -3,7 +3,8 @@
 Every rank leaves in `.grad` its part of the whole batch's gradient, weighted already. The parameters are put in
 buckets by the set of ranks that hold them, and every bucket is one all-reduce of its holders; the sets come in the
 same order on all ranks. A parameter that no holder has a gradient for keeps None, as in plain PyTorch: a bucket
-carries one number a parameter beside the gradients, 1 where the rank has one."""
+carries one number a parameter beside the gradients, 1 where the rank has one.
+"""
 
 from __future__ import annotations
 

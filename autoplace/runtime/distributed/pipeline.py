@@ -6,13 +6,15 @@ The split, and what binds it to the live parameters, are those of the engine `gr
 stages and schedules, and all that is sent, are `torch.distributed.pipelining`'s. Every rank of the replica calls with
 the whole of the replica's batch: inputs are never sent, and the loss is computed inside the last stage.
 
-1. Shapes and types of what is handed over are found by running the stages on fake tensors, on every rank alike; no
+1. Shapes and types of what is handed over are found by running the stages on fake tensors, on every rank alike (on
+   real ones, with buffers put back, where the program looks at values); no
    rank runs the model to find out, which would count in batch statistics.
 2. Microbatches have one size: the largest number of them that divides the batch, up to the plan's, is taken. The loss
    is the mean of theirs, as it is for losses that are means over samples.
 3. What is handed over is made contiguous. What cannot have a gradient is sent without one.
 4. Stages that one rank runs one after the other, in any order of ranks, take the runtime schedule; one stage a rank
-   takes GPipe, or 1F1B where there are microbatches enough."""
+   takes GPipe, or 1F1B where there are microbatches enough.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import (
     _Action,
@@ -32,9 +39,10 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from autoplace.errors import ExecutionError
+from autoplace.measure.preserve import preserved
 from autoplace.plan import Replica
 from autoplace.runtime.batch import CAT, MEAN, batch_size, join_kinds
-from autoplace.runtime.stage_program import ProgramCache, StageProgram
+from autoplace.runtime.stage_program import Exports, ProgramCache, StageProgram
 from autoplace.runtime.tree import Tree
 from autoplace.workload import loss_of
 
@@ -57,6 +65,7 @@ class Pipeline:
         group: The process group of the replica's ranks.
         microbatches: At most so many.
         loss: Used in training; None takes `output.loss`, else a mean square.
+        exports: What other plans of this model have exported, and this one may; see `ProgramCache`.
     """
 
     def __init__(
@@ -68,11 +77,13 @@ class Pipeline:
         *,
         microbatches: int = 1,
         loss: Loss | None = None,
+        exports: Exports | None = None,
     ) -> None:
         self.model, self.session, self.group = model, session, group
         self.ranks = tuple(sorted({session.rank_of(name) for name in replica.devices}))
         self._microbatches, self._loss = microbatches, loss
-        self._cache = ProgramCache(model, replica.assignment, dict.fromkeys(replica.devices, session.torch_device))
+        places = dict.fromkeys(replica.devices, session.torch_device)
+        self._cache = ProgramCache(model, replica.assignment, places, exports)
         self._prepared: dict[tuple[int, int, bool], _Prepared] = {}
 
     @property
@@ -94,7 +105,8 @@ class Pipeline:
         count = next(n for n in range(min(self._microbatches, max(size, 1)), 0, -1) if size % n == 0)
         parts = _parts(tree.leaves, size, count)
         tensors = [x for x in parts[0] if isinstance(x, torch.Tensor)]
-        program = self._cache.find(tree, tensors, None)
+        each = size // count
+        program = self._cache.find(tree, tensors, each if each > 1 else None)
         backward = torch.is_grad_enabled()
         key = (id(program), count, backward)
         if key not in self._prepared:
@@ -159,7 +171,7 @@ class _Prepared:
         session, backward = pipeline.session, torch.is_grad_enabled()
         chain = chain_of(program.split)
         ranks = tuple(session.rank_of(stage.device) for stage in chain)
-        handed = _handed(program, chain, tensors)
+        handed = _handed(program, chain, tensors, pipeline.model)
         self = _Prepared(
             program=program, chain=chain, ranks=ranks, count=count, schedule=None,  # type: ignore[arg-type]
             runs_first=ranks[0] == session.rank, backward=backward, feed=[], targets=[], weights=[], losses=[],
@@ -172,6 +184,7 @@ class _Prepared:
                 continue
             module = _StageModule(self, i)
             last = i == len(chain) - 1
+            module.gives = [] if last else [tuple(f.shape) for f in handed[i + 1]]
             made = PipelineStage(
                 module,
                 i,
@@ -195,6 +208,10 @@ class _Prepared:
         targets = numbers if self.backward else None
         try:
             self.schedule.step(*args, target=targets, return_outputs=False, microbatch=numbers)
+        except RuntimeError as error:
+            if error.__cause__ is not None and "failed to run" in str(error):  # what the model raised, told at length
+                raise error.__cause__ from None
+            raise
         finally:
             self.feed, self.targets = [], []
 
@@ -205,6 +222,8 @@ class _StageModule(torch.nn.Module):
     def __init__(self, prepared: _Prepared, index: int) -> None:
         super().__init__()
         self._run = (prepared, index)
+        self.gives: list[tuple[int, ...]] = []
+        """Shapes of what it hands over, as the next stage expects them."""
 
     def forward(self, *handed: torch.Tensor, microbatch: torch.Tensor) -> Any:
         prepared, index = self._run
@@ -212,7 +231,13 @@ class _StageModule(torch.nn.Module):
         stage, program = prepared.chain[index], prepared.program
         values = _run_stage(program, stage, handed if index else (), prepared.feed[number], program.weight)
         if index < len(prepared.chain) - 1:
-            return tuple(_sendable(values[name]) for name in stage.gives)
+            given = tuple(_sendable(values[name]) for name in stage.gives)
+            if [tuple(value.shape) for value in given] != self.gives:
+                raise ExecutionError(
+                    "what a stage hands over has another shape than in the first batch: it follows from the inputs' "
+                    "values; use a plan with other cuts, or of replicas"
+                )
+            return given
         output = program.output(values.__getitem__)
         if not prepared.backward:
             prepared.outputs.append(output)
@@ -246,12 +271,10 @@ def _sendable(value: torch.Tensor) -> torch.Tensor:
 
 
 def _handed(
-    program: StageProgram, chain: Sequence[ChainStage], tensors: Sequence[torch.Tensor]
+    program: StageProgram, chain: Sequence[ChainStage], tensors: Sequence[torch.Tensor], model: torch.nn.Module
 ) -> list[list[torch.Tensor]]:
-    """Return fakes of what every stage takes, for a microbatch like `tensors`."""
-    found: list[list[torch.Tensor]] = []
+    """Return what every stage takes, for a microbatch like `tensors`, as tensors of which shape and type count."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(t) for t in tensors]
         known: dict[str, Any] = {}
 
         def weight(name: str) -> Any:
@@ -260,17 +283,29 @@ def _handed(
                 known[name] = mode.from_tensor(real) if isinstance(real, torch.Tensor) else real
             return known[name]
 
-        handed: list[torch.Tensor] = []
-        for stage in chain:
-            found.append(handed)
-            values = _run_stage(program, stage, handed, fakes, weight)
-            strange = next((n for n in stage.gives if not isinstance(values[n], torch.Tensor)), None)
-            if strange is not None:
-                raise ExecutionError(
-                    f"a stage would hand over {strange!r}, a {type(values[strange]).__name__} that follows from the "
-                    "inputs' values; use a plan with other cuts, or of replicas"
-                )
-            handed = [_sendable(values[name]) for name in stage.gives]
+        try:
+            return _walk(program, chain, [mode.from_tensor(t) for t in tensors], weight)
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+            pass
+    with preserved(model):
+        return _walk(program, chain, tensors, program.weight)
+
+
+def _walk(
+    program: StageProgram, chain: Sequence[ChainStage], tensors: Sequence[torch.Tensor], weight: Callable[[str], Any]
+) -> list[list[torch.Tensor]]:
+    found: list[list[torch.Tensor]] = []
+    handed: list[torch.Tensor] = []
+    for stage in chain:
+        found.append(handed)
+        values = _run_stage(program, stage, handed, tensors, weight)
+        strange = next((n for n in stage.gives if not isinstance(values[n], torch.Tensor)), None)
+        if strange is not None:
+            raise ExecutionError(
+                f"a stage would hand over {strange!r}, a {type(values[strange]).__name__} that follows from the "
+                "inputs' values; use a plan with other cuts, or of replicas"
+            )
+        handed = [_sendable(values[name]) for name in stage.gives]
     return found
 
 

@@ -11,7 +11,8 @@ step's time is the slowest rank's, from a barrier on. What fails on one rank is 
    `_fingerprints`
 2. Where no rank can hold a whole batch, plans are compared on its first `check_samples`.
 3. Without dropout, which is random, as long as they are compared.
-4. Energy is counted from idle and busy watts of the cluster file, where all devices have them: `model`."""
+4. Energy is counted from idle and busy watts of the cluster file, where all devices have them: `model`.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +32,14 @@ from autoplace.outcome import Outcome
 from autoplace.plan import Plan
 from autoplace.problem import Objective
 from autoplace.runtime.batch import batch_size
+from autoplace.runtime.stage_program import Exports
 from autoplace.workload import inputs_of, loss_of
 
 from .pipeline import Loss
 from .runner import DistributedModel
 from .session import Session
 
-__all__ = ["GroupEvaluator"]
+__all__ = ["GroupEvaluator", "first_of"]
 
 _RTOL = 2e-3
 """Of a gradient's norm: sums over ranks come in another order than plain PyTorch's."""
@@ -69,6 +71,7 @@ class GroupEvaluator:
         check_samples: Samples to compare plans on; None = the whole batch.
         reference_rank: The rank that runs plain PyTorch.
         record: Called on rank 0 with each plan and its Outcome.
+        exports: See `DistributedModel`; None = the evaluator's own.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class GroupEvaluator:
         check_samples: int | None = None,
         reference_rank: int = 0,
         record: Callable[[Plan, Outcome], None] | None = None,
+        exports: Exports | None = None,
     ) -> None:
         self.model, self.session = model, session
         self.evaluations = 0
@@ -96,9 +100,10 @@ class GroupEvaluator:
         self._repeats, self._warmup, self._check = repeats, warmup, check
         self._reference_rank, self._record = reference_rank, record
         self._reference: _Reference | None = None
+        self._exports: Exports = {} if exports is None else exports
         self._serving = False
         self._batch = batch_size(pytree.tree_leaves(inputs))
-        self._some = _first_of((inputs, targets), self._batch, check_samples or self._batch)
+        self._some = first_of((inputs, targets), self._batch, check_samples or self._batch)
 
     # -- plans in, Outcomes out ------------------------------------------------------------------------------------
 
@@ -183,7 +188,14 @@ class GroupEvaluator:
     def _built(self, plan: Plan) -> tuple[DistributedModel | None, str]:
         """Return what runs a plan, and why it may not; the same reason on all ranks."""
         try:
-            runner = DistributedModel(self.model, plan, self.session, loss=self._loss, batch_norm=self._batch_norm)
+            runner = DistributedModel(
+                self.model,
+                plan,
+                self.session,
+                loss=self._loss,
+                batch_norm=self._batch_norm,
+                exports=self._exports,
+            )
         except AutoplaceError as error:
             return None, str(error)
         reason = ""
@@ -268,7 +280,7 @@ class GroupEvaluator:
 
     def _plain(self) -> _Reference:
         """Run plain PyTorch's step on one rank and tell the others."""
-        told: _Reference | str | None = None
+        told: Any = None
         if self.session.rank == self._reference_rank:
             try:
                 clear_gradients(self.model)
@@ -281,12 +293,12 @@ class GroupEvaluator:
             except Exception as error:
                 told = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         told = self.session.broadcast(told, self._reference_rank)
-        if isinstance(told, str) or told is None:
+        if not isinstance(told, _Reference):
             raise ExecutionError(f"plain PyTorch cannot run this model on these inputs: {told}")
         return told
 
 
-def _first_of(values: Any, size: int, count: int) -> Any:
+def first_of(values: Any, size: int, count: int) -> Any:
     """Return the first samples of everything that has the batch's size."""
     return pytree.tree_map(
         lambda x: x[:count] if isinstance(x, torch.Tensor) and x.dim() and len(x) == size else x, values

@@ -7,13 +7,14 @@
 
 Parameters are updated where they are held: the user's optimizer does that on every rank, for the parameters that have
 a gradient there. Those of other ranks grow stale, and `synchronize` brings them up to date from their holders;
-`state_dict` of the model does so first (so all ranks have to call it)."""
+`state_dict` of the model does so first (so all ranks have to call it).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from autoplace.errors import ExecutionError
 from autoplace.plan import Plan
 from autoplace.runtime.batch import batch_size
 from autoplace.runtime.fitness import unfit
+from autoplace.runtime.stage_program import Exports
 from autoplace.workload import inputs_of, loss_of
 
 from .data_parallel import WeightedDataParallel
@@ -66,6 +68,7 @@ class DistributedModel:
         batch_norm: `local` lets replicas compute batch statistics of their own parts, as DistributedDataParallel does;
             `whole` refuses such plans.
         lookout: Watches the other ranks; None = nobody does.
+        exports: What other plans of this model have exported, and this one may; see `ProgramCache`.
 
     Raises:
         ExecutionError: If the ranks have different plans or models, or the plan cannot run the model.
@@ -81,6 +84,7 @@ class DistributedModel:
         loss: Loss | None = None,
         batch_norm: str = "whole",
         lookout: Lookout | None = None,
+        exports: Exports | None = None,
     ) -> None:
         self.model, self.plan, self.session, self._loss = model, plan, session, loss
         self._batch_norm, self._lookout = batch_norm, lookout
@@ -120,6 +124,7 @@ class DistributedModel:
                 self._groups[self.replica],
                 microbatches=plan.microbatches,
                 loss=loss,
+                exports=exports,
             )
         self._hook = model.register_state_dict_pre_hook(lambda *_: self.synchronize())
 
@@ -240,15 +245,15 @@ class DistributedModel:
     def _pipelined(self, inputs: Any, args: Any, kwargs: Any, targets: Any, weight: float) -> torch.Tensor | None:
         leaves = pytree.tree_leaves(inputs)
         key = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
-        key = (key, self.model.training)
-        if key not in self._known:
+        if (key, self.model.training) not in self._known:
             self._prepare(args, kwargs, targets)
-            self._known.add(key)
+            self._known.add((key, self.model.training))
         if self._pipeline is None:
             return None
-        own = [p for p in self._parameters.values() if p.grad is not None] if not self._pending else []
-        before = [(p, p.grad) for p in own]
-        for parameter in own:
+        # What is there already is whole, unless it was accumulated on this rank alone, and must not be summed again.
+        own = {} if self._pending else self._parameters
+        before = [(p, grad) for p in own.values() if (grad := p.grad) is not None]
+        for parameter, _ in before:
             parameter.grad = None
         loss = self._pipeline.step(args, kwargs, targets, weight=weight) if weight else None
         if self._accumulating:

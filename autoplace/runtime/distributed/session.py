@@ -1,8 +1,9 @@
-"""`Session`: one process of a group that torchrun started, which device of the cluster it is, and how all of them agree.
+"""`Session`: one process of a group that torchrun started, which device of the cluster it is, and how all agree.
 
-Every process ("rank") runs one device of the cluster. Which one it is follows from the cluster file that `autoplace run`
-hands over (`AUTOPLACE_CLUSTER`, and `AUTOPLACE_HOST` for the name of this host): the ranks of a host take its devices
-in order. Without a file, every rank describes the device that it has, and hosts are named by torchrun's node rank.
+Every process ("rank") runs one device of the cluster. Which one it is follows from the cluster file that `autoplace
+run` hands over (`AUTOPLACE_CLUSTER`, and `AUTOPLACE_HOST` for the name of this host): the ranks of a host take its
+devices in order. Without a file, every rank describes the device that it has, and hosts are named by torchrun's node
+rank. → `member`
 
 What one rank finds wrong, all ranks raise, with the same sentence: nobody is left waiting in a collective. → `settle`
 
@@ -14,9 +15,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,14 +24,12 @@ import torch.distributed as dist
 from autoplace.errors import AutoplaceError, ClusterFileError, ExecutionError
 from autoplace.hardware.cluster import Cluster, Device, Link
 
-__all__ = ["CLUSTER_VARIABLE", "HOST_VARIABLE", "Session"]
+from .member import CLUSTER_VARIABLE, HOST_VARIABLE, assigned, gpu_index, host_name, own_device
+
+__all__ = ["CLUSTER_VARIABLE", "HOST_VARIABLE", "TIMEOUT_VARIABLE", "Session"]
 
 T = TypeVar("T")
 
-CLUSTER_VARIABLE = "AUTOPLACE_CLUSTER"
-"""Environment variable with the path of the cluster file."""
-HOST_VARIABLE = "AUTOPLACE_HOST"
-"""Environment variable with the name that the cluster file gives this host."""
 TIMEOUT_VARIABLE = "AUTOPLACE_TIMEOUT_S"
 """Environment variable with the seconds after which a silent rank counts as lost."""
 _TIMEOUT_S = 60.0
@@ -67,11 +64,12 @@ class Session:
         return all(name in os.environ for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
 
     @staticmethod
-    def join(cluster: Cluster | None = None, *, timeout_s: float | None = None) -> Session:
+    def join(cluster: Cluster | None = None, *, own: Device | None = None, timeout_s: float | None = None) -> Session:
         """Enter the group that torchrun made; every rank has to.
 
         Args:
             cluster: The devices; None reads the file of `AUTOPLACE_CLUSTER`, else every rank tells its own device.
+            own: What this rank tells, where there is no file; None = look what it has.
             timeout_s: See the class; None = `AUTOPLACE_TIMEOUT_S`, or a minute.
 
         Raises:
@@ -91,13 +89,21 @@ class Session:
             problem = error
         owned = not dist.is_initialized()
         if owned:
-            dist.init_process_group(_backend(cluster, local_rank), timeout=datetime.timedelta(seconds=timeout_s))
+            timeout = datetime.timedelta(seconds=timeout_s)
+            dist.init_process_group(
+                _backend(cluster, local_rank),
+                timeout=timeout,
+                store=_store(timeout),
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+            )
         rank = dist.get_rank()
         session = Session(_NOBODY, ["?/cpu:0"] * dist.get_world_size(), rank, timeout_s=timeout_s, owned=owned)
         try:
             session.settle(problem)
             session.agree(_versions(), what="the ranks run different versions")
-            session.cluster, session.members = session._matched(cluster, local_rank)
+            session.cluster, members = session._matched(cluster, local_rank, own)
+            session.members = tuple(members)
             session._rank_of = {name: i for i, name in enumerate(session.members)}
         except BaseException:
             session.close()
@@ -133,14 +139,14 @@ class Session:
             )
         return self._rank_of[device]
 
-    def _matched(self, cluster: Cluster | None, local_rank: int) -> tuple[Cluster, list[str]]:
+    def _matched(self, cluster: Cluster | None, local_rank: int, described: Device | None) -> tuple[Cluster, list[str]]:
         """Return the cluster and the device of every rank."""
         if cluster is None:
-            return self._described(local_rank)
-        host = os.environ.get(HOST_VARIABLE) or _only_host(cluster)
+            return self._described(local_rank, described)
+        host = host_name(cluster)
         own: str | None = None
         refusal: AutoplaceError | None = None
-        names = [d.name for d in cluster.devices if d.host == host]
+        names = [d.name for d in cluster.on(host)]
         if not names:
             known = ", ".join(sorted({d.host for d in cluster.devices}))
             refusal = ClusterFileError(
@@ -174,10 +180,10 @@ class Session:
             )
         return cluster, members
 
-    def _described(self, local_rank: int) -> tuple[Cluster, list[str]]:
-        host = f"host{os.environ.get('GROUP_RANK', '0')}"
-        found = self.gather(_own_device(host, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        devices = tuple(found)
+    def _described(self, local_rank: int, own: Device | None) -> tuple[Cluster, list[str]]:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        found = self.together(lambda: own or own_device(host_name(), local_rank, local_ranks))
+        devices = tuple(self.gather(found))
         return Cluster(devices=devices, default_link=_GIGABIT), [d.name for d in devices]
 
     # -- agreeing --------------------------------------------------------------------------------------------------
@@ -221,7 +227,9 @@ class Session:
             problem = error
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
-            problem = ExecutionError(f"rank {self.rank} ({self.members[self.rank]}): {type(error).__name__}: {lines[0]}")
+            problem = ExecutionError(
+                f"rank {self.rank} ({self.members[self.rank]}): {type(error).__name__}: {lines[0]}"
+            )
         self.settle(problem)
         return result  # type: ignore[return-value]
 
@@ -259,17 +267,40 @@ _NOBODY = Cluster(devices=(Device(name="?/cpu:0", kind="cpu"),))
 
 
 def _backend(cluster: Cluster | None, local_rank: int) -> str:
-    """NCCL where all devices are GPUs; else gloo, which serves mixed clusters too.
+    """Return gloo, and NCCL beside it for the tensors of GPUs where all devices are GPUs.
 
-    Without a cluster file nobody knows of the others, so the ranks tell by what they have: torchrun's hosts are alike.
+    What ranks tell each other goes by gloo in any case: one that lacks its GPU can still say so, and ranks that cannot
+    know what the others have (there is no cluster file yet) can still meet.
     """
-    if cluster is not None:
-        gpus = all(d.kind == "cuda" for d in cluster.devices)
+    if not torch.cuda.is_available():
+        return "gloo"
+    own = assigned(cluster, local_rank) if cluster is not None else None
+    if cluster is None:
+        index = local_rank
     else:
-        gpus = torch.cuda.is_available() and local_rank < torch.cuda.device_count()
-    if gpus and torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    return "nccl" if gpus and dist.is_nccl_available() else "gloo"
+        index = gpu_index(own) if own is not None and own.kind == "cuda" else -1
+    present = 0 <= index < torch.cuda.device_count()
+    if present:
+        torch.cuda.set_device(index)
+    only_gpus = cluster is None or all(d.kind == "cuda" for d in cluster.devices)
+    return "cpu:gloo,cuda:nccl" if present and only_gpus and dist.is_nccl_available() else "gloo"
+
+
+def _store(timeout: datetime.timedelta) -> dist.Store:
+    """Return the ranks' key-value store, as this attempt of torchrun's sees it.
+
+    The agent's store outlives a restart, and with it the addresses of the ranks that ended: a rank that reads one
+    before its new owner has written it cannot connect. [torch 2.13]
+    """
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0",
+        timeout=timeout,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"autoplace/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _versions() -> dict[str, str]:
@@ -279,17 +310,11 @@ def _versions() -> dict[str, str]:
     return {"autoplace": autoplace.__version__, "torch": torch.__version__.split("+")[0], "python": python}
 
 
-def _only_host(cluster: Cluster) -> str:
-    """Return the host's name where the file has but one, else this machine's own."""
-    hosts = {d.host for d in cluster.devices}
-    return next(iter(hosts)) if len(hosts) == 1 else socket.gethostname()
-
-
 def _absent(device: Device) -> AutoplaceError | None:
     """Return why a device of the cluster file is not on this host; None when it is."""
     if device.kind == "cuda":
-        index = int(device.name.rsplit(":", 1)[-1])
-        if index >= torch.cuda.device_count():
+        index = gpu_index(device)
+        if not 0 <= index < torch.cuda.device_count():
             return ClusterFileError(
                 f"the cluster file names {device.name!r} and that host has {torch.cuda.device_count()} GPUs; "
                 "profile the cluster again"
@@ -304,18 +329,5 @@ def _absent(device: Device) -> AutoplaceError | None:
     return None
 
 
-def _own_device(host: str, local_rank: int, local_ranks: int) -> Device:
-    """Describe what this rank has: its GPU, or its part of the host's cores."""
-    found = Cluster.discover(measure_links=False, host=host)
-    gpus = [d for d in found.devices if d.kind == "cuda"]
-    if local_rank < len(gpus):
-        return gpus[local_rank]
-    cores = sorted(os.sched_getaffinity(0))
-    size = max(1, len(cores) // local_ranks)
-    own = tuple(cores[local_rank * size : (local_rank + 1) * size]) or tuple(cores)
-    base = next(d for d in found.devices if d.kind == "cpu")
-    return replace(base, name=f"{host}/cpu:{local_rank}", cores=own)
-
-
 def _torch_device(device: Device) -> torch.device:
-    return torch.device("cpu") if device.kind == "cpu" else torch.device("cuda", int(device.name.rsplit(":", 1)[-1]))
+    return torch.device("cpu") if device.kind == "cpu" else torch.device("cuda", gpu_index(device))

@@ -40,5 +40,11 @@ def three_ranks():
 
 
 @pytest.fixture(scope="session")
+def ranks_of():
+    """Return what makes a group of its own, for tests that end ranks."""
+    return Ranks
+
+
+@pytest.fixture(scope="session")
 def jobs():
     return _module("jobs")

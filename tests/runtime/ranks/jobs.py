@@ -356,3 +356,71 @@ def wrong_loss(session):
         model_of("tied").train(), inputs, session, targets=targets, loss=lambda o, t: loss_of(o, t) * len(t)
     )
     return [o.reason for o in evaluator.evaluate([plan_of(session, "replicas"), plan_of(session, "single")])]
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def _watched(session, shape):
+    from autoplace.runtime.distributed.lookout import Lookout
+
+    model = model_of("tied").train()
+    lookout = Lookout(session, "a replica", patience_s=2.0)
+    return lookout, DistributedModel(model, plan_of(session, shape), session, loss=loss_of, lookout=lookout)
+
+
+def warm_up(session, shape):
+    lookout, runner = _watched(session, shape)
+    runner.train_step(*batch_of("tied", 6))
+    runner.close()
+    lookout.close()
+
+
+def train_until_told(session, shape, seconds):
+    import time
+
+    lookout, runner = _watched(session, shape)
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            runner.train_step(*batch_of("tied", 6))
+            runner.model.zero_grad()
+    finally:
+        lookout.close()
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def raise_in_a_stage(session):
+    """The loss, which the last stage computes, raises in the second step."""
+    from autoplace.runtime.distributed.lookout import Lookout
+
+    names = session.members
+    plan = Plan(replicas=(Replica(assignment={"a": names[0], "b": names[1]}),), strategy="test")
+    calls = []
+
+    def loss(output, targets):
+        calls.append(1)
+        if len(calls) == 2:
+            raise LookupError("three is a crowd")
+        return loss_of(output, targets)
+
+    lookout = Lookout(session, patience_s=2.0)
+    runner = DistributedModel(Pair().train(), plan, session, loss=loss, lookout=lookout)
+    told = ""
+    try:
+        for _ in range(3):
+            runner.train_step(*batch_of("fussy", 4))
+    except Exception as error:
+        told = str(error)
+    finally:
+        runner.close()
+        lookout.close()
+    return told

@@ -1,0 +1,68 @@
+"""All-reduces of gradients: how long one takes on a ring, how gradients fill buckets, how buckets follow each other.
+
+The formulas are those of → `collectives`. Knows nothing of plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from autoplace.hardware.cluster import Cluster
+
+__all__ = ["BUCKET_BYTES", "Reduction", "allreduce_ms", "buckets_of", "finish_ms"]
+
+BUCKET_BYTES = 25 << 20
+"""Of DistributedDataParallel's buckets."""
+
+
+class Reduction(NamedTuple):
+    """One all-reduce of a bucket."""
+
+    ready_ms: float
+    """When its bytes are ready on all its devices."""
+    took_ms: float
+    devices: tuple[int, ...]
+    """Indices of the holders."""
+
+
+def allreduce_ms(size_bytes: float, devices: Sequence[int], cluster: Cluster) -> float:
+    """Return what one ring all-reduce over some devices takes, ms; inf where two neighbours cannot talk.
+
+    Args:
+        size_bytes: Of the gradients on each device.
+        devices: Indices; they form the ring in the cluster's order.
+        cluster: The devices.
+    """
+    ring = sorted(set(devices))
+    if len(ring) < 2 or size_bytes <= 0.0:
+        return 0.0
+    onward = ring[1:] + ring[:1]
+    latency_ms = float(cluster.link_latency_ms[ring, onward].max())
+    bytes_per_ms = float(cluster.link_bytes_per_ms[ring, onward].min())
+    if bytes_per_ms <= 0.0:
+        return float("inf")
+    steps = 2 * (len(ring) - 1)
+    return steps * latency_ms + steps / len(ring) * size_bytes / bytes_per_ms
+
+
+def buckets_of(size: float, bucket_bytes: float) -> list[float]:
+    """Return the sizes of the buckets that bytes of gradients fill, the last one maybe in part."""
+    full = int(size // bucket_bytes)
+    rest = size - full * bucket_bytes
+    return [float(bucket_bytes)] * full + ([rest] if rest > 0 else [])
+
+
+def finish_ms(
+    reductions: Sequence[Reduction], tell: Callable[[Reduction, float, float], None] = lambda *_: None
+) -> float:
+    """Return when the last reduction ends: each starts when it is ready and its holders have ended those before it."""
+    free: dict[int, float] = {}
+    last = 0.0
+    for reduction in reductions:
+        start = max([reduction.ready_ms, *(free.get(device, 0.0) for device in reduction.devices)])
+        end = start + reduction.took_ms
+        free.update(dict.fromkeys(reduction.devices, end))
+        last = max(last, end)
+        tell(reduction, start, end)
+    return last

@@ -1,0 +1,70 @@
+"""Whole units of a batch, shared out over replicas: what strategies over several ranks try and improve.
+
+A unit is what a replica cannot split further: a sample, or one sample for each of its microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Counts", "refine_counts", "whole_units"]
+
+Counts = tuple[int, ...]
+"""Units of every replica; 0 leaves it out."""
+
+_BETTER = 1e-9
+"""Relative gain below which two values count as the same."""
+
+
+def whole_units(shares: Sequence[float] | NDArray[np.float64], units: int) -> Counts:
+    """Round shares that sum to 1 to whole units, by largest remainder, ties in order, as the executors split."""
+    exact = np.asarray(shares, np.float64) * units
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    order = np.argsort(counts - exact, kind="stable")
+    counts[order[: units - int(counts.sum())]] += 1
+    return tuple(int(c) for c in counts)
+
+
+def refine_counts(start: Counts, value: Callable[[Counts], float], *, most: int) -> tuple[float, Counts]:
+    """Move units from one replica to another as long as that lowers a value; steps get smaller down to one unit.
+
+    Args:
+        start: Where to begin.
+        value: What to lower, deterministic; inf where it cannot be.
+        most: Values to ask for at most.
+
+    Returns:
+        The least value found and its counts; the start where nothing is better.
+    """
+    known = {start: value(start)}
+
+    def of(counts: Counts) -> float:
+        if counts not in known:
+            if len(known) >= most:
+                return float("inf")
+            known[counts] = value(counts)
+        return known[counts]
+
+    best, step = start, max(1, sum(start) // 8)
+    while True:
+        moves = [_moved(best, giver, taker, step) for giver, taker in permutations(range(len(best)), 2)]
+        found = min((m for m in moves if m is not None), key=of, default=best)
+        if of(found) < of(best) * (1.0 - _BETTER) or (np.isinf(of(best)) and np.isfinite(of(found))):
+            best = found
+        elif step > 1:
+            step //= 2
+        else:
+            return known[best], best
+
+
+def _moved(counts: Counts, giver: int, taker: int, step: int) -> Counts | None:
+    if counts[giver] < step:
+        return None
+    moved = list(counts)
+    moved[giver] -= step
+    moved[taker] += step
+    return tuple(moved)
