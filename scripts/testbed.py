@@ -20,9 +20,10 @@ with a limit) may be written, and `ip` and `tc`: `apt-get install iproute2`. `Te
 1. Where no host adds latency, the switch is a bridge.
 2. Latency is netem's, behind the token buckets. Many kernels lack netem; there, and where there is no bridge, the
    switch is a process of ours (`relay`) that hands frames from interface to interface when they are due, ahead of
-   everything else that wants the processor. It adds about 0.1 ms, and takes a fiftieth of a core for each 100 Mbit/s.
-3. Packets are larger than Ethernet's 1,500 bytes on links above 50 Mbit/s: as long as they take no more than a quarter
-   of a millisecond, up to 9,000. This bounds what the relay does, and hardly shows in transfers.
+   everything else that wants the processor. It adds about 0.2 ms, and while hosts send at full rate it takes a quarter
+   (100 Mbit/s) to a half (1 Gbit/s) of a core [measured: two virtual cores, 2026-11]; at rest it takes nothing.
+3. A bucket holds a millisecond's worth of bytes, or late timers would lower the rate. So much passes an idle link at
+   once: a transfer of n bytes takes latency + n / rate - 1 ms, and never less than the latency.
 4. `ip netns exec` is not used to enter a host: it mounts a new /sys without the cgroups, and a process could not read
    its own limits.
 
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import functools
 import gc
 import heapq
@@ -71,7 +73,7 @@ RUNTIME = Path("/run/autoplace-testbeds")
 NAMESPACES = Path("/run/netns")
 _PREFIX = "autoplace-"
 _END_S = 10.0  # for killing what is left in a bed
-_PACKET_MS = 0.5  # on the slowest link
+_LEAST_BURST_BYTES = 3036  # two packets
 _BURST_MS = 1.0  # what a late timer may be late by before the rate falls [measured: two busy virtual cores, 2026-11]
 _QUEUE_MS = 100.0
 
@@ -613,12 +615,6 @@ class TestBed:
     def _path(self) -> Path:
         return RUNTIME / f"{self.id}.json"
 
-    @property
-    def _mtu(self) -> int:
-        """Bytes of a packet: 0.25 ms on the slowest link, within what cards can do."""
-        slowest = min(self._link(host).bytes_per_ms for host in self.hosts)
-        return int(min(max(1500.0, slowest * _PACKET_MS), 9000.0))
-
     def _link(self, host: BedHost) -> BedLink:
         return host.link or self.link
 
@@ -689,7 +685,7 @@ class TestBed:
         _make_namespace(switch)
         if not relay:
             _do("ip", "-n", switch, "link", "add", "name", "bridge", "type", "bridge")
-            _do("ip", "-n", switch, "link", "set", "dev", "bridge", "mtu", str(self._mtu), "up")
+            _do("ip", "-n", switch, "link", "set", "dev", "bridge", "up")
         for host, entry in zip(self.hosts, self._state["hosts"], strict=True):
             entry["groups"] = _make_groups(host, entry["namespace"])
             self._connect(host, entry, netem=not relay)
@@ -700,16 +696,15 @@ class TestBed:
     def _connect(self, host: BedHost, entry: Mapping[str, Any], *, netem: bool) -> None:
         """Make a host's namespace and the cable to the switch."""
         link, space, switch, port = self._link(host), entry["namespace"], self._state["switch"], entry["port"]
-        mtu = str(self._mtu)
         _make_namespace(space)
         _do(
-            *("ip", "link", "add", "name", INTERFACE, "mtu", mtu, "address", entry["mac"], "netns", space),
-            *("type", "veth", "peer", "name", port, "mtu", mtu, "netns", switch),
+            *("ip", "link", "add", "name", INTERFACE, "address", entry["mac"], "netns", space),
+            *("type", "veth", "peer", "name", port, "netns", switch),
         )
         _do("ip", "-n", space, "address", "add", f"{entry['address']}/24", "dev", INTERFACE)
         for where, device in ((space, INTERFACE), (switch, port)):
             queue = ("tc", "-n", where, "qdisc", "add", "dev", device)
-            burst = max(2 * (self._mtu + 18), int(link.bytes_per_ms * _BURST_MS))
+            burst = max(_LEAST_BURST_BYTES, int(link.bytes_per_ms * _BURST_MS))
             _do(
                 *(*queue, "root", "handle", "1:", "tbf", "rate", f"{round(link.bytes_per_ms * 8000)}bit"),
                 *("burst", str(burst), "limit", str(16 * burst + int(link.bytes_per_ms * _QUEUE_MS))),
@@ -718,7 +713,8 @@ class TestBed:
                 _do(*queue, "parent", "1:1", "netem", "delay", f"{link.latency_ms / 2:f}ms", "limit", "20000")
             if netem and where == switch:
                 _do("ip", "-n", switch, "link", "set", "dev", port, "master", "bridge")
-            _do("ip", "-n", where, "link", "set", "dev", device, "up")
+            most = min(burst * 9 // 10, 65_536)
+            _do("ip", "-n", where, "link", "set", "dev", device, "gso_max_size", str(most), "up")
 
     def _start_relay(self) -> None:
         self._relay = subprocess.Popen(
@@ -767,7 +763,7 @@ def _make_namespace(name: str) -> None:
 
 # -- the script's own processes --------------------------------------------------------------------------------------
 
-_SO_TIMESTAMPNS = 35
+_SIOCGSTAMPNS = 0x8907  # when the last frame that was read came in, <linux/sockios.h>
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
@@ -899,7 +895,8 @@ def _open_port(interface: str) -> socket.socket:
     port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     port.setsockopt(level, network_header, 1)
     port.setsockopt(level, ignore_outgoing, 1)
-    port.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+    with suppress(OSError):  # asked once, the kernel notes it from now on
+        fcntl.ioctl(port, _SIOCGSTAMPNS, bytes(16))
     for force in (32, 33):  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
         port.setsockopt(socket.SOL_SOCKET, force, 64 << 20)
     port.bind((interface, 3))  # ETH_P_ALL
@@ -908,13 +905,13 @@ def _open_port(interface: str) -> socket.socket:
 
 
 def _frames(port: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """Yield what has arrived and when, on the monotonic clock, ns; an error is a cable that was cut, which is no news."""
-    ahead = time.time_ns() - time.monotonic_ns()
+    """Yield what has arrived and when, ns on the monotonic clock; an error is a cable that was cut, no news."""
     now = time.monotonic_ns()
+    ahead = time.time_ns() - now
     with suppress(OSError):
         for _ in range(1000):
-            frame, notes, *_ = port.recvmsg(66_000, 64)
-            seconds, rest = struct.unpack("qq", notes[0][2])
+            frame = port.recv(66_000)
+            seconds, rest = struct.unpack("qq", fcntl.ioctl(port, _SIOCGSTAMPNS, bytes(16)))
             arrived = seconds * 1_000_000_000 + rest - ahead
             yield (arrived if now - 100_000_000 < arrived else now), frame  # the wall clock may have been set
 

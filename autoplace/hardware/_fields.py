@@ -15,7 +15,7 @@ import yaml
 from autoplace.errors import ClusterFileError
 from autoplace.files import read_text
 
-__all__ = ["items", "mapping", "number", "optional_text", "parse", "read", "short", "text"]
+__all__ = ["dump", "items", "mapping", "number", "optional_text", "parse", "read", "short", "text"]
 
 _MAX_CHARACTERS = 4 << 20  # some 40,000 links; more is no cluster file, and YAML is slow to read
 
@@ -50,10 +50,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader` would take for a number."""
+
+
 # YAML 1.1 takes 1e6 for text, since it wants a dot and a signed exponent; people write 1e6.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def dump(data: Any) -> str:
+    """Return data as YAML that `parse` reads as the same."""
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def parse(content: str) -> Any:

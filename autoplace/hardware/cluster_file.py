@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from autoplace.errors import ClusterFileError
 from autoplace.files import write_text_atomically
-from autoplace.hardware._fields import items, mapping, number, optional_text, parse, read, short, text
+from autoplace.hardware._fields import dump, items, mapping, number, optional_text, parse, read, short, text
 from autoplace.hardware.cluster import Cluster, Device, Host, Link
 
 __all__ = [
@@ -86,7 +84,7 @@ def cluster_to_text(cluster: Cluster) -> str:
         data["default_link"] = _link_data(cluster.default_link)
     if cluster.hosts:
         data["hosts"] = [_host_data(host) for host in cluster.hosts]
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return dump(data)
 
 
 def host_of(fields: Mapping[str, Any], place: str) -> Host:

@@ -1,12 +1,12 @@
-"""`hosts.yaml` in: machines that nobody has profiled yet, format `autoplace.hosts/1`. A cluster file with hosts serves too.
+"""`hosts.yaml` in: machines that nobody has profiled yet, format `autoplace.hosts/1`. Cluster files serve too.
 
     format: autoplace.hosts/1
     hosts:
     - {name: node0}
     - {name: node1, address: 10.0.0.2, launch: [ssh, user@node1], interface: eth0, processes: 2}
 
-`processes` is how many are started there: one per GPU, the others share the cores in groups. Absent: one per GPU, or one
-for all cores where there is none. The rest of an entry is what a cluster file says of a host → `cluster_file`.
+`processes` is how many are started there: one per GPU, the others share the cores in groups. Absent: one per GPU, or
+one for all cores where there is none. The rest of an entry is what a cluster file says of a host → `cluster_file`.
 """
 
 from __future__ import annotations

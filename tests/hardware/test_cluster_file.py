@@ -193,6 +193,12 @@ def test_what_is_saved_is_loaded(tmp_path_factory, cluster):
     assert again.fingerprint == cluster.fingerprint
 
 
+def test_a_name_that_looks_like_a_number_stays_a_name(tmp_path):
+    cluster = Cluster(devices=(Device(name="1e6", kind="0E0"),), hosts=(Host(name="7", python="-1.5e3"),))
+    cluster.save(tmp_path / "c.yaml")
+    assert load_cluster(tmp_path / "c.yaml") == cluster
+
+
 def test_a_saved_file_is_plain_yaml_and_nothing_is_left_beside_it(load, tmp_path):
     load(GOOD).save(tmp_path / "new" / "c.yaml")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["c.yaml"]

@@ -51,6 +51,9 @@ from .session import Session
 
 __all__ = ["Loss", "Pipeline"]
 
+_MOST_PREPARED = 16
+"""Kinds of batches whose stages are kept."""
+
 Loss = Callable[..., torch.Tensor]
 """Takes the model's output, and the targets where there are some; returns a scalar."""
 
@@ -84,7 +87,7 @@ class Pipeline:
         self._microbatches, self._loss = microbatches, loss
         places = dict.fromkeys(replica.devices, session.torch_device)
         self._cache = ProgramCache(model, replica.assignment, places, exports)
-        self._prepared: dict[tuple[int, int, bool], _Prepared] = {}
+        self._prepared: dict[Any, _Prepared] = {}
 
     @property
     def last_rank(self) -> int:
@@ -108,8 +111,11 @@ class Pipeline:
         each = size // count
         program = self._cache.find(tree, tensors, each if each > 1 else None)
         backward = torch.is_grad_enabled()
-        key = (id(program), count, backward)
+        # A program may hold for any batch; what `PipelineStage` is told of shapes holds for one.
+        key = (id(program), count, backward, tuple(tuple(t.shape) for t in tensors))
         if key not in self._prepared:
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
             self._prepared[key] = _Prepared.of(program, tensors, count, self)
         prepared = self._prepared[key]
         prepared.feed = [[x for x in part if isinstance(x, torch.Tensor)] for part in parts]
