@@ -115,7 +115,7 @@ def _t5() -> nn.Module:
 
 
 MODELS = {
-    "vit": Model(make=_vit, inputs=_pixels, layers="vit.encoder.layer", batch=32),
+    "vit": Model(make=_vit, inputs=_pixels, layers="vit.layers", batch=32),
     "bert": Model(make=_bert, inputs=_words, layers="bert.encoder.layer", batch=32),
     "gpt2": Model(make=_gpt2, inputs=_words, layers="transformer.h", batch=32),
     "resnet": Model(make=_Images, inputs=_pixels, layers="layers", batch=32),
