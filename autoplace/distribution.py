@@ -34,7 +34,7 @@ from autoplace.workload import default_loss
 if TYPE_CHECKING:
     from autoplace.group_tuner import GroupResult
 
-__all__ = ["PLAN_VARIABLE", "Distribution"]
+__all__ = ["PLAN_VARIABLE", "Distribution", "give_out"]
 
 PLAN_VARIABLE = "AUTOPLACE_PLAN"
 """Environment variable with the path of a plan file."""
@@ -52,6 +52,15 @@ def _joined() -> Session:
     return _session
 
 
+def give_out(model: torch.nn.Module, session: Session) -> None:
+    """Start all ranks from rank 0's parameters and buffers; every rank has to call it."""
+    tensors = [t.detach() for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
+    own = [float(t.double().sum()) for t in tensors]
+    if any(other != own for other in session.gather(own)):
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
+
+
 class Distribution:
     """What a wrapper asks for in a process that torchrun started.
 
@@ -67,7 +76,7 @@ class Distribution:
         self.runner: DistributedModel | None = None
         self.result: GroupResult | None = None
         """What tuning found; None where the plan was given or no tuning ran."""
-        self._give_out()
+        give_out(model, session)
 
     @staticmethod
     def of(model: torch.nn.Module, options: Mapping[str, Any]) -> Distribution | None:
@@ -77,14 +86,6 @@ class Distribution:
         if torch.distributed.is_initialized() and _session is None:
             return None
         return Distribution(model, options, _joined())
-
-    def _give_out(self) -> None:
-        """Start all ranks from the same parameters and buffers."""
-        tensors = [t.detach() for t in (*self.model.parameters(), *self.model.buffers()) if not t.is_meta]
-        own = [float(t.double().sum()) for t in tensors]
-        if any(other != own for other in self.session.gather(own)):
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=0)
 
     # -- what the wrapper's methods do -----------------------------------------------------------------------------
 

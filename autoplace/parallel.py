@@ -251,6 +251,8 @@ class OptimizedParallel(torch.nn.Module):
             if objective not in _WEIGHTS:
                 raise InputError(f"objective {objective!r} is unknown; use {', '.join(_WEIGHTS)} or an Objective")
             objective = Objective(energy_weight=_WEIGHTS[objective])
+        if self._state.distribution is not None:
+            raise InputError("over several ranks the first train_step() tunes, or `autoplace tune --cluster` does")
         args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
         kwargs = inputs if isinstance(inputs, Mapping) else {}
         state = self._state

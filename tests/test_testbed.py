@@ -550,6 +550,23 @@ def test_limits_of_v1_and_v2_are_written_into_their_files(tmp_path, monkeypatch)
         assert [(base / "group" / file).read_text() for file in files] == written[version]
 
 
+def test_with_netem_each_host_adds_half_of_its_latency_on_both_ends_of_its_cable(monkeypatch):
+    commands = []
+    monkeypatch.setattr(testbed, "_do", lambda *command: commands.append(" ".join(command)))
+    monkeypatch.setattr(testbed, "probe", lambda: testbed.Kernel("", bridge=True, netem=True))
+    monkeypatch.setattr(testbed, "_make_groups", lambda host, name: [])
+    monkeypatch.setattr(TestBed, "_save", lambda bed: None)
+    bed = TestBed(hosts=[BedHost(name="a"), BedHost(name="b", link=BedLink(bytes_per_ms=1000))], link=FAST_ETHERNET)
+    bed.id = "000000"
+    bed._state = bed._describe()
+    bed._build()
+    assert [command for command in commands if "netem" in command] == [
+        "tc -n autoplace-000000-a qdisc add dev eth0 parent 1:1 netem delay 2.500000ms limit 20000",
+        "tc -n autoplace-000000 qdisc add dev to-a parent 1:1 netem delay 2.500000ms limit 20000",
+    ]
+    assert bed._relay is None and sum("master bridge" in command for command in commands) == 2
+
+
 def test_a_machine_without_root_or_tools_says_so(monkeypatch):
     monkeypatch.setattr(testbed.os, "geteuid", lambda: 1000)
     assert testbed.probe.__wrapped__() == testbed.Kernel("a test bed needs root; run it with sudo")

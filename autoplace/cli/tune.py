@@ -49,7 +49,10 @@ def tune(
         float | None, typer.Option("--energy-weight", help="w of latency^(1-w) * energy^w.", show_default="0")
     ] = None,
     cluster: Annotated[
-        Path | None, typer.Option("--cluster", help="Cluster file; default: discover this machine.")
+        Path | None,
+        typer.Option(
+            "--cluster", help="Cluster file; one with several hosts tunes over all of them. Default: discover."
+        ),
     ] = None,
     policy: Annotated[
         str, typer.Option("--policy", help="Learned policy: name, folder, models:/ URI, or none.")
@@ -92,6 +95,15 @@ def tune(
         seed=seed,
     )
     devices = Cluster.load(cluster) if cluster is not None else None
+    if cluster is not None and devices is not None and len(devices.hosts) > 1:
+        from autoplace.cli.tune_ranks import tune_over_ranks
+
+        if training is False:
+            raise InputError("over several hosts a training step is tuned; leave --inference out")
+        code = tune_over_ranks(cluster, model, output, policy=policy, budget_s=budget, energy_weight=weight)
+        if code:
+            raise typer.Exit(code)
+        return
     make_directory(output, InputError)
     with progress_bars(console) as progress:
         result = tracked_tune(
