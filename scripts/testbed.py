@@ -960,6 +960,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BedError as cause:
         print(cause, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 
