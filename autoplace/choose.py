@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from autoplace.measure.protocol import aa_noise, median_interval, pair_ratios
+from autoplace.measure.protocol import aa_noise, pair_interval, pair_ratios
 from autoplace.outcome import Outcome
 from autoplace.problem import Objective
 from autoplace.result import Candidate
@@ -47,7 +47,7 @@ class Ratio:
     gain: float
     """Median gain in the objective; the time to compile is paid back first."""
     gain_low: float
-    """Lower end of the interval of the median gain, see `measure.protocol.median_interval`."""
+    """Lower end of the interval of the median gain, see `measure.protocol.pair_interval`."""
 
 
 def paid_back(speedup: float, compile_s: float, run_s: float) -> float:
@@ -86,7 +86,7 @@ def compare(
     if gain is None:
         return None
     speedup, quartiles = pair_ratios(plain.samples_ms, other.samples_ms)
-    low, _ = median_interval([a / b for a, b in zip(plain.samples_ms, other.samples_ms, strict=True)])
+    low, _ = pair_interval(plain.samples_ms, other.samples_ms)
     return Ratio(speedup=speedup, speedup_interval=quartiles, gain=gain(speedup), gain_low=gain(low))
 
 

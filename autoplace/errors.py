@@ -17,7 +17,13 @@ __all__ = [
     "ProblemFileError",
     "TrackingError",
     "TuningCancelled",
+    "in_one_line",
 ]
+
+
+def in_one_line(error: Exception) -> str:
+    """Return an exception's type and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 class AutoplaceError(Exception):

@@ -10,7 +10,6 @@ their place when its median step is faster than the better of them by more than 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,20 +18,21 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from autoplace.choose import MOST_FINALISTS, NOISE_FLOOR
+from autoplace.choose import MOST_FINALISTS, noise_of
 from autoplace.costs.calibrate_cluster import ClusterCalibration, calibrate_cluster
-from autoplace.costs.cluster_build import build_cluster_problem
+from autoplace.costs.cluster_build import profile_cluster
 from autoplace.errors import InfeasibleError
 from autoplace.graph.capture import capture
 from autoplace.graph.coarsen import coarsen
 from autoplace.measure.pool import plan_key
-from autoplace.measure.protocol import aa_noise, median_interval
+from autoplace.measure.protocol import pair_interval, pair_ratios
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
 from autoplace.problem import Objective, Problem
 from autoplace.runtime.batch import batch_size
 from autoplace.runtime.distributed.pipeline import Loss
-from autoplace.runtime.distributed.pool import GroupEvaluator, first_of
+from autoplace.runtime.distributed.pool import GroupEvaluator
+from autoplace.runtime.distributed.runner import part_of
 from autoplace.runtime.distributed.session import Session
 from autoplace.runtime.stage_program import Exports
 from autoplace.simulate.cluster_factors import ClusterFactors
@@ -78,7 +78,6 @@ class GroupResult:
     """Of the simulator, by all plans that ran; None where fewer than two did."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase to wall seconds."""
-    notes: tuple[str, ...] = ()
 
 
 def tune_group(
@@ -156,7 +155,7 @@ class _Tuning:
             name=type(self.model).__name__,
         )
         grouping = self.session.together(lambda: self._grouping(workload, max_groups))
-        problem = build_cluster_problem(workload, grouping, self.session, objective=self.objective)
+        problem, _ = profile_cluster(workload, grouping, self.session, objective=self.objective)
         self.seconds["profile"] = time.perf_counter() - start
         self._propose(problem, policy)
         self.seconds["propose"] = time.perf_counter() - start - sum(self.seconds.values())
@@ -188,14 +187,14 @@ class _Tuning:
             runs=evaluator.evaluations,
             problem=problem,
             seconds=self.seconds,
-            notes=() if self.calibration is None else (self.calibration.sentence,),
             calibration=self.calibration,
         )
 
     def _loss_of_part(self, output: Any) -> torch.Tensor:
         """Return the loss of an output of as many samples as it has: profiling runs halves of the batch as well."""
-        size = next((len(x) for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.dim()), 0)
-        return loss_of(self.loss, output, first_of(self.targets, self.batch, size or self.batch))
+        sizes = (len(x) for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.dim())
+        size = next(sizes, 0) or self.batch
+        return loss_of(self.loss, output, part_of(self.targets, (size, self.batch - size), 0))
 
     def _on_rank_0(self, work: Callable[[], T]) -> T:
         """Return on all ranks what rank 0 finds, or raise on all what it raises."""
@@ -211,10 +210,8 @@ class _Tuning:
 
     def _reference_rank(self, problem: Problem) -> int:
         totals = problem.latency_ms.sum(axis=0)
-        order = sorted(
-            range(self.session.world_size), key=lambda r: totals[problem.cluster.index[self.session.members[r]]]
-        )
-        return order[0]
+        members = self.session.members
+        return min(range(len(members)), key=lambda rank: totals[problem.cluster.index[members[rank]]])
 
     def _propose(self, problem: Problem, policy: str | None, factors: ClusterFactors | None = None) -> list[str]:
         """Ask the strategies on rank 0; return the keys of plans that are new."""
@@ -289,15 +286,15 @@ class _Tuning:
         plain, again, *outcomes = evaluator.evaluate_interleaved(plans, _FINAL_ROUNDS, budget_s=budget_s)
         if not (plain.feasible and again.feasible):
             return able[0], 0.0
-        noise = max(NOISE_FLOOR, aa_noise(plain.samples_ms, again.samples_ms))
+        noise = noise_of(plain, again)
         best, gain = base, 1.0
         for row, outcome in zip(finalists, outcomes, strict=True):
             self.rows[plan_key(row.plan)] = replace(row, measured=outcome if outcome.feasible else row.measured)
             if not outcome.feasible:
                 continue
-            ratios = [a / b for a, b in zip(plain.samples_ms, outcome.samples_ms, strict=True)]
-            median = statistics.median(ratios)
-            if median > max(gain, 1.0 + noise) and median_interval(ratios)[0] > 1.0:
+            median, _ = pair_ratios(plain.samples_ms, outcome.samples_ms)
+            low, _ = pair_interval(plain.samples_ms, outcome.samples_ms)
+            if median > max(gain, 1.0 + noise) and low > 1.0:
                 best, gain = row, median
         self.rows[plan_key(base.plan)] = replace(base, measured=plain)
         return best, noise

@@ -30,6 +30,7 @@ from autoplace.runtime.monitor import Monitor
 from autoplace.slots import State
 from autoplace.tracer import compiling_here
 from autoplace.tuner import Progress
+from autoplace.workload import inputs_of, loss_of
 
 __all__ = ["OptimizedParallel"]
 
@@ -253,8 +254,7 @@ class OptimizedParallel(torch.nn.Module):
             objective = Objective(energy_weight=_WEIGHTS[objective])
         if self._state.distribution is not None:
             raise InputError("over several ranks the first train_step() tunes, or `autoplace tune --cluster` does")
-        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-        kwargs = inputs if isinstance(inputs, Mapping) else {}
+        args, kwargs = inputs_of(inputs)
         state = self._state
         mode = state.mode()
         with state.planning(exclusive=mode.training) as mine:
@@ -280,8 +280,6 @@ class OptimizedParallel(torch.nn.Module):
         Raises:
             ExecutionError: If the plan cannot run this batch, or a rank was lost.
         """
-        from autoplace.workload import inputs_of, loss_of
-
         if self._state.distribution is not None:
             return self._state.distribution.train_step(inputs, targets)
         args, kwargs = inputs_of(inputs)

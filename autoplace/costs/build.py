@@ -32,7 +32,7 @@ from autoplace.problem import Objective, Problem, Semantics
 from autoplace.runtime.worker import DeviceWorker
 from autoplace.workload import Workload
 
-__all__ = ["CostReport", "build_problem"]
+__all__ = ["CostReport", "build_problem", "mirrored"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
@@ -90,8 +90,8 @@ def build_problem(
     problem = Problem(
         graph=graph,
         cluster=cluster,
-        latency_ms=np.stack([_with_backward(t.forward_ms, t.backward_ms) for t in times], axis=1),
-        overhead_ms=np.stack([_with_backward(t.forward_overhead_ms, t.backward_overhead_ms) for t in times], axis=1),
+        latency_ms=np.stack([mirrored(t.forward_ms, t.backward_ms) for t in times], axis=1),
+        overhead_ms=np.stack([mirrored(t.forward_overhead_ms, t.backward_overhead_ms) for t in times], axis=1),
         objective=objective or Objective(),
         semantics=semantics or Semantics(),
         name=name or workload.name,
@@ -107,7 +107,7 @@ def build_problem(
     return problem, report
 
 
-def _with_backward(forward: NDArray[np.float64], backward: NDArray[np.float64] | None) -> NDArray[np.float64]:
+def mirrored(forward: NDArray[np.float64], backward: NDArray[np.float64] | None) -> NDArray[np.float64]:
     """In the order of `with_backward`: forward, the loss (0), backward mirrored."""
     return forward if backward is None else np.concatenate([forward, [0.0], backward[::-1]])
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoplace.costs.build import CostReport
+from autoplace.costs.build import CostReport, mirrored
 from autoplace.costs.measure import GroupTimes, on_device, profile_groups
 from autoplace.costs.roofline import assumed_peaks, scaled_ms
 from autoplace.costs.timers import Timer, differences_ms
@@ -40,7 +40,7 @@ from autoplace.workload import Workload, default_loss
 if TYPE_CHECKING:
     from autoplace.runtime.distributed.session import Session
 
-__all__ = ["build_cluster_problem", "profile_cluster", "steady_ms"]
+__all__ = ["profile_cluster", "steady_ms"]
 
 _WINDOW_S = 0.5
 """Five periods of a cgroup's quota: what the window's ends cut off is less than its fifth."""
@@ -59,36 +59,6 @@ class _Measured:
     pace: float = 1.0
     why: str = ""
     """Why there are no times."""
-
-
-def build_cluster_problem(
-    workload: Workload,
-    grouping: Grouping,
-    session: Session,
-    *,
-    objective: Objective | None = None,
-    semantics: Semantics | None = None,
-    name: str = "",
-    repeats: int = 5,
-    window_s: float = _WINDOW_S,
-) -> Problem:
-    """Return the problem of → `profile_cluster` alone; the same arguments, and every rank has to call it.
-
-    Raises:
-        ExecutionError: If a rank fails to measure, or the ranks have different models or batches.
-        InputError: If the model fits on none of the devices.
-    """
-    problem, _ = profile_cluster(
-        workload,
-        grouping,
-        session,
-        objective=objective,
-        semantics=semantics,
-        name=name,
-        repeats=repeats,
-        window_s=window_s,
-    )
-    return problem
 
 
 def profile_cluster(
@@ -273,8 +243,8 @@ def _columns(measured: _Measured) -> tuple[NDArray[np.float64], NDArray[np.float
     times = measured.times
     assert times is not None  # the caller looked
     return (
-        measured.pace * _with_backward(times.forward_ms, times.backward_ms),
-        measured.pace * _with_backward(times.forward_overhead_ms, times.backward_overhead_ms),
+        measured.pace * mirrored(times.forward_ms, times.backward_ms),
+        measured.pace * mirrored(times.forward_overhead_ms, times.backward_overhead_ms),
     )
 
 
@@ -290,11 +260,6 @@ def _estimated(
         if graph.flops.any()
         else np.full(graph.num_ops, here.flops_per_ms / there.flops_per_ms)
     )
-    whole = _with_backward(ratio, None if times.backward_ms is None else ratio)
+    whole = mirrored(ratio, None if times.backward_ms is None else ratio)
     latency, overhead = _columns(reference)
     return latency * whole, overhead * whole
-
-
-def _with_backward(forward: NDArray[np.float64], backward: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """In the order of `with_backward`: forward, the loss (0), backward mirrored."""
-    return forward if backward is None else np.concatenate([forward, [0.0], backward[::-1]])

@@ -35,7 +35,16 @@ import torch
 from autoplace.errors import ExecutionError, InputError
 from autoplace.interrupt import raise_in
 
-__all__ = ["Guard", "aa_noise", "interleave", "median_interval", "pair_ratios", "summary", "synchronize"]
+__all__ = [
+    "Guard",
+    "aa_noise",
+    "interleave",
+    "median_interval",
+    "pair_interval",
+    "pair_ratios",
+    "summary",
+    "synchronize",
+]
 
 T = TypeVar("T")
 
@@ -235,8 +244,13 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[rank], ordered[count - 1 - rank]
 
 
+def pair_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Return the `median_interval` of a_i / b_i."""
+    return median_interval([x / y for x, y in zip(a, b, strict=True)])
+
+
 def aa_noise(samples_a: Sequence[float], samples_a2: Sequence[float]) -> float:
     """Return the noise between two series of the same thing, as a fraction (0.03 = three percent)."""
     median, _ = pair_ratios(samples_a, samples_a2)
-    low, high = median_interval([a / b for a, b in zip(samples_a, samples_a2, strict=True)])
+    low, high = pair_interval(samples_a, samples_a2)
     return max(abs(median - 1.0), (high - low) / 2.0)

@@ -253,6 +253,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, wide: int) 
 
 
 def as_text(parts: Sequence[RenderableType], width: int) -> str:
+    """Return tables and sentences as plain text of so many columns."""
     from rich.console import Console
     from rich.text import Text
 

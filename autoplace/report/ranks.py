@@ -48,7 +48,9 @@ def explain_ranks(plan: Plan, members: Sequence[str], result: GroupResult | None
             verdict = "kept" if row.plan == result.plan else row.measured.reason or ("baseline" if row.baseline else "")
             rows.add_row(row.label, _ms(row.predicted), _ms(row.calibrated), _ms(row.measured), verdict)
         tables.append(rows)
-    return as_text([*tables, *(result.notes if result is not None else ())], width)
+        if result.calibration is not None:
+            tables.append(result.calibration.sentence)
+    return as_text(tables, width)
 
 
 def _ms(outcome: Outcome | None) -> str:

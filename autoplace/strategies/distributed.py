@@ -27,7 +27,7 @@ from autoplace.simulate.cluster_factors import ClusterFactors
 from autoplace.simulate.collectives import ClusterEvaluator
 from autoplace.strategies._base import Budget
 from autoplace.strategies.hybrids import hybrid_plans
-from autoplace.strategies.pipelines import in_line, pipeline_plans, rank_problem, stages_plan
+from autoplace.strategies.pipelines import dividing, in_line, pipeline_plans, planned_problem, stages_plan
 from autoplace.strategies.registry import LEARNED, make_strategy
 from autoplace.strategies.weighted import even_plan, weighted_plans
 
@@ -130,16 +130,9 @@ def _learned(
 ) -> list[Plan]:
     """Return the policy's placement for every number of microbatches, and what it becomes in a line."""
     plans = []
-    for count in microbatches:
-        if problem.batch_size % count:
-            continue
-        planned = rank_problem(
-            problem,
-            count,
-            optimizer_bytes_per_weight_byte=evaluator.optimizer,
-            gpipe=evaluator.gpipe,
-            split_ties=split_ties,
-        ).with_(latency_ms=evaluator.latency_ms, overhead_ms=evaluator.overhead_ms)
+    corrected = problem.with_(latency_ms=evaluator.latency_ms, overhead_ms=evaluator.overhead_ms)
+    for count in dividing(microbatches, problem.batch_size):
+        planned = planned_problem(corrected, evaluator, count, split_ties=split_ties)
         budget = Budget(evaluations=evaluations, seconds=_POLICY_SECONDS)
         for plan in make_strategy(LEARNED, policy=policy).propose(planned, budget=budget, seed=seed)[:1]:
             row = plan.assignment_array(problem)

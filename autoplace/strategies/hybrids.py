@@ -19,7 +19,7 @@ from autoplace.simulate.collectives import ClusterEvaluator
 from autoplace.strategies._shares import Counts, refine_counts, whole_units
 from autoplace.strategies.chunks import ChunksStrategy
 from autoplace.strategies.dp import PipelineDpStrategy
-from autoplace.strategies.pipelines import built_by, dividing, rank_problem, settled
+from autoplace.strategies.pipelines import built_by, dividing, planned_problem, settled
 from autoplace.strategies.replicas import balanced_shares
 
 __all__ = ["hybrid_plans", "partitions"]
@@ -111,13 +111,8 @@ def _group_row(
     if len(group) == 1:
         return np.full(problem.num_ops, group[0], np.int32)
     share = len(group) / problem.num_devices
-    planned = rank_problem(
-        _restricted(problem, evaluator, group),
-        count,
-        optimizer_bytes_per_weight_byte=evaluator.optimizer,
-        gpipe=evaluator.gpipe,
-        split_ties=split_ties,
-        share=share,
+    planned = planned_problem(
+        _restricted(problem, evaluator, group), evaluator, count, split_ties=split_ties, share=share
     )
     rows = [
         settled(problem, np.asarray(group, np.int32)[row])

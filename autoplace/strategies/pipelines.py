@@ -22,7 +22,16 @@ from autoplace.strategies._support import View
 from autoplace.strategies.chunks import ChunksStrategy
 from autoplace.strategies.dp import PipelineDpStrategy
 
-__all__ = ["built_by", "dividing", "in_line", "pipeline_plans", "rank_problem", "settled", "stages_plan"]
+__all__ = [
+    "built_by",
+    "dividing",
+    "in_line",
+    "pipeline_plans",
+    "planned_problem",
+    "rank_problem",
+    "settled",
+    "stages_plan",
+]
 
 Row = NDArray[np.int32]
 """int32[N], device of every op."""
@@ -85,6 +94,20 @@ def rank_problem(
     )
 
 
+def planned_problem(
+    problem: Problem, evaluator: ClusterEvaluator, microbatches: int, *, split_ties: bool, share: float = 1.0
+) -> Problem:
+    """Return the `rank_problem` of what an evaluator predicts with: its optimizer, its schedule."""
+    return rank_problem(
+        problem,
+        microbatches,
+        optimizer_bytes_per_weight_byte=evaluator.optimizer,
+        gpipe=evaluator.gpipe,
+        split_ties=split_ties,
+        share=share,
+    )
+
+
 def in_line(problem: Problem, row: NDArray[np.integer]) -> Row:
     """Return a placement with as many ops on each device, but each device's in one stretch of the program.
 
@@ -126,13 +149,8 @@ def pipeline_plans(
         def value(row: Row, count: int = count) -> float:
             return evaluator.evaluate([stages_plan(problem, row, strategy="", microbatches=count)])[0].objective
 
-        planned = rank_problem(
-            problem,
-            count,
-            optimizer_bytes_per_weight_byte=evaluator.optimizer,
-            gpipe=evaluator.gpipe,
-            split_ties=split_ties,
-        ).with_(latency_ms=evaluator.latency_ms, overhead_ms=evaluator.overhead_ms)
+        corrected = problem.with_(latency_ms=evaluator.latency_ms, overhead_ms=evaluator.overhead_ms)
+        planned = planned_problem(corrected, evaluator, count, split_ties=split_ties)
         starts: dict[bytes, tuple[float, str, Row]] = {}
         for strategy in (ChunksStrategy(), PipelineDpStrategy()):
             for row in built_by(strategy, planned):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from autoplace.costs import cluster_build
-from autoplace.costs.cluster_build import build_cluster_problem, profile_cluster, steady_ms
+from autoplace.costs.cluster_build import profile_cluster, steady_ms
 from autoplace.errors import ExecutionError, InputError
 from autoplace.hardware.cluster import Cluster, Device, Link
 from autoplace.problem import Objective
@@ -77,8 +77,8 @@ def test_a_throttled_rank_is_as_slow_as_it_is_on_average(sleepers, one_cpu):
 
     handle = workload.model.register_forward_pre_hook(throttle)
     try:
-        blind = build_cluster_problem(workload, grouping, Alone(one_cpu), repeats=3, window_s=0.0)
-        seeing = build_cluster_problem(workload, grouping, Alone(one_cpu), repeats=3, window_s=0.25)
+        blind, _ = profile_cluster(workload, grouping, Alone(one_cpu), repeats=3, window_s=0.0)
+        seeing, _ = profile_cluster(workload, grouping, Alone(one_cpu), repeats=3, window_s=0.25)
     finally:
         handle.remove()
     assert blind.latency_ms.sum() < 9.0
@@ -140,14 +140,14 @@ def test_a_model_that_fits_nowhere_is_an_error(sleepers, one_cpu, monkeypatch):
 
     monkeypatch.setattr(cluster_build, "profile_groups", full)
     with pytest.raises(InputError, match=r"fits on none of the devices \(no room\)"):
-        build_cluster_problem(workload, grouping, Alone(one_cpu))
+        profile_cluster(workload, grouping, Alone(one_cpu))
 
 
 def test_other_failures_are_raised(sleepers, one_cpu):
     workload, grouping = sleepers({}, {})
     broken = Workload(model=workload.model, args=("no tensor",))
     with pytest.raises(ExecutionError, match="rank 0: "):
-        build_cluster_problem(broken, grouping, Alone(one_cpu))
+        profile_cluster(broken, grouping, Alone(one_cpu))
 
 
 RANK = """

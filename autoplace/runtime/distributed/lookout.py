@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from autoplace.errors import AutoplaceError, ExecutionError
+from autoplace.errors import AutoplaceError, ExecutionError, in_one_line
 
 from .session import Session
 
@@ -103,11 +103,11 @@ class Lookout:
             raise
         except (dist.DistError, RuntimeError) as error:
             if not _is_transport(error):
-                self._fail(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+                self._fail(in_one_line(error))
                 raise
             raise ExecutionError(self.explain(error)) from error
         except Exception as error:
-            self._fail(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            self._fail(in_one_line(error))
             raise
 
     def _fail(self, sentence: str) -> None:

@@ -7,8 +7,7 @@ stages and schedules, and all that is sent, are `torch.distributed.pipelining`'s
 the whole of the replica's batch: inputs are never sent, and the loss is computed inside the last stage.
 
 1. Shapes and types of what is handed over are found by running the stages on fake tensors, on every rank alike (on
-   real ones, with buffers put back, where the program looks at values); no
-   rank runs the model to find out, which would count in batch statistics.
+   real ones, with buffers put back, where the program looks at values), so that no batch statistics count it.
 2. Microbatches have one size: the largest number of them that divides the batch, up to the plan's, is taken. The loss
    is the mean of theirs, as it is for losses that are means over samples.
 3. What is handed over is made contiguous. What cannot have a gradient is sent without one.
@@ -89,12 +88,6 @@ class Pipeline:
         self._cache = ProgramCache(model, replica.assignment, places, exports)
         self._prepared: dict[Any, _Prepared] = {}
 
-    @property
-    def last_rank(self) -> int:
-        """The rank of the last stage, which computes the loss, as far as a call has told; else the first one."""
-        known = next(iter(self._prepared.values()), None)
-        return self.ranks[0] if known is None else known.ranks[-1]
-
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: Any = None) -> _Prepared:
         """Export, split and set the stages up for a call; nothing is sent and nothing runs.
 
@@ -120,7 +113,6 @@ class Pipeline:
         prepared = self._prepared[key]
         prepared.feed = [[x for x in part if isinstance(x, torch.Tensor)] for part in parts]
         prepared.targets = [part[0] if targets is not None else None for part in _parts([targets], size, count)]
-        prepared.weights = [1.0 / count] * count
         return prepared
 
     def held(self, prepared: _Prepared) -> list[torch.Tensor]:
@@ -144,11 +136,14 @@ class Pipeline:
         return torch.stack(prepared.losses).mean() if prepared.losses else None
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the forward alone, without gradients; the output on the rank of the last stage, None on the others."""
+        """Run the forward alone, without gradients; the output on every rank of the replica."""
         with torch.no_grad():
             prepared = self.prepare(args, kwargs)
             prepared.run()
-        return _merged(prepared.outputs, batch_size(Tree((args, dict(kwargs))).leaves)) if prepared.outputs else None
+        own = prepared.ranks[-1] == self.session.rank
+        box = [_merged(prepared.outputs, batch_size(Tree((args, dict(kwargs))).leaves)) if own else None]
+        dist.broadcast_object_list(box, src=prepared.ranks[-1], group=self.group)
+        return box[0]
 
 
 @dataclass(eq=False)

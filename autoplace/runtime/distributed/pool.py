@@ -7,8 +7,8 @@ For every plan: build, run one step and compare it with plain PyTorch's, then ti
 step's time is the slowest rank's, from a barrier on. What fails on one rank is an infeasible Outcome on all.
 
 1. Plain PyTorch's step is run once, on the rank whose device is fastest. What travels of it is its loss and two
-   numbers a gradient: its norm, and its product with random signs, which differ as much as the gradients do. →
-   `_fingerprints`
+   numbers a gradient: its norm, and its product with random signs, which differ as much as the gradients do.
+   → `_fingerprints`
 2. Where no rank can hold a whole batch, plans are compared on its first `check_samples`.
 3. Without dropout, which is random, as long as they are compared.
 4. Energy is counted from idle and busy watts of the cluster file, where all devices have them: `model`.
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from autoplace.errors import AutoplaceError, ExecutionError
+from autoplace.errors import AutoplaceError, ExecutionError, in_one_line
 from autoplace.measure.preserve import clear_gradients, no_dropout, preserved
 from autoplace.measure.protocol import summary
 from autoplace.outcome import Outcome
@@ -36,10 +36,10 @@ from autoplace.runtime.stage_program import Exports
 from autoplace.workload import inputs_of, loss_of
 
 from .pipeline import Loss
-from .runner import DistributedModel
+from .runner import DistributedModel, part_of
 from .session import Session
 
-__all__ = ["GroupEvaluator", "first_of"]
+__all__ = ["GroupEvaluator"]
 
 _RTOL = 2e-3
 """Of a gradient's norm: sums over ranks come in another order than plain PyTorch's."""
@@ -61,7 +61,6 @@ class GroupEvaluator:
         inputs: A whole batch, the same on every rank.
         session: The group.
         targets: For the loss; see `DistributedModel.train_step`.
-        training: Whether a step is forward and backward, or the forward of a pipeline alone.
         loss: Output to scalar loss.
         batch_norm: See `DistributedModel`.
         objective: What `Outcome.objective` is computed by; None = latency.
@@ -103,7 +102,8 @@ class GroupEvaluator:
         self._exports: Exports = {} if exports is None else exports
         self._serving = False
         self._batch = batch_size(pytree.tree_leaves(inputs))
-        self._some = first_of((inputs, targets), self._batch, check_samples or self._batch)
+        some = check_samples or self._batch
+        self._some = part_of((inputs, targets), (some, self._batch - some), 0)
 
     # -- plans in, Outcomes out ------------------------------------------------------------------------------------
 
@@ -291,18 +291,11 @@ class GroupEvaluator:
                 grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
                 told = _Reference(loss=float(loss.detach()), prints=_fingerprints(grads))
             except Exception as error:
-                told = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                told = in_one_line(error)
         told = self.session.broadcast(told, self._reference_rank)
         if not isinstance(told, _Reference):
             raise ExecutionError(f"plain PyTorch cannot run this model on these inputs: {told}")
         return told
-
-
-def first_of(values: Any, size: int, count: int) -> Any:
-    """Return the first samples of everything that has the batch's size."""
-    return pytree.tree_map(
-        lambda x: x[:count] if isinstance(x, torch.Tensor) and x.dim() and len(x) == size else x, values
-    )
 
 
 def _fingerprints(gradients: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:

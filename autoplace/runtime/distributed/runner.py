@@ -187,19 +187,10 @@ class DistributedModel:
                         "this plan is a pipeline over several ranks, whose last one computes the loss; "
                         "train with model.train_step(inputs, targets), or run the model under torch.no_grad()"
                     )
-                return self._forward(args, kwargs)
+                return self._pipeline.forward(args, kwargs)
             if torch.is_grad_enabled():
                 self._stale = True
             return (self._parallel or self.model)(*args, **kwargs)
-
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self._pipeline is not None and self.replica is not None  # a pipeline's rank has both
-        with torch.no_grad():
-            prepared = self._pipeline.prepare(args, kwargs)
-        output = self._pipeline.forward(args, kwargs)
-        box = [output]
-        dist.broadcast_object_list(box, src=prepared.ranks[-1], group=self._groups[self.replica])
-        return box[0]
 
     def train_step(self, inputs: Any, targets: Any = None) -> torch.Tensor:
         """Run forward and backward of one whole batch, which every rank passes; the optimizer's step is the caller's.

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from autoplace.errors import AutoplaceError, ClusterFileError, ExecutionError
+from autoplace.errors import AutoplaceError, ClusterFileError, ExecutionError, in_one_line
 from autoplace.hardware.cluster import Cluster, Device, Link
 
 from .member import CLUSTER_VARIABLE, HOST_VARIABLE, assigned, gpu_index, host_name, own_device
@@ -226,10 +226,7 @@ class Session:
         except AutoplaceError as error:
             problem = error
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            problem = ExecutionError(
-                f"rank {self.rank} ({self.members[self.rank]}): {type(error).__name__}: {lines[0]}"
-            )
+            problem = ExecutionError(f"rank {self.rank} ({self.members[self.rank]}): {in_one_line(error)}")
         self.settle(problem)
         return result  # type: ignore[return-value]
 

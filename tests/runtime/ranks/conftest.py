@@ -21,22 +21,22 @@ def _module(name: str):
 Ranks = _module("ranks").Ranks
 
 
-@pytest.fixture(scope="session")
-def two_ranks():
+def _group(count):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
-    group = Ranks(2)
+    group = Ranks(count)
     yield group
     group.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    yield from _group(2)
 
 
 @pytest.fixture(scope="session")
 def three_ranks():
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("needs torch.distributed with gloo")
-    group = Ranks(3)
-    yield group
-    group.close()
+    yield from _group(3)
 
 
 @pytest.fixture(scope="session")
