@@ -165,7 +165,7 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("place", "value", "words"), BAD, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("place", "value", "words"), BAD, ids=lambda v: "left out" if v is SET else str(v)[:40])
 def test_what_is_wrong_gets_a_sentence_that_names_the_place(data, place, value, words):
     with pytest.raises(ProblemFileError) as caught:
         problem_from_json(change(data, place, value), where="mine.json")
