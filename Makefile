@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Tune a BERT encoder on this machine's devices and write plan, report and MLflow run
 	$(BIN)/autoplace tune examples/bert.py:build --output $(DEMO_OUTPUT)
 
-test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## Run the tests: those that calculate on all cores, then those that time things, one by one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m beside
+	$(BIN)/python -m pytest -m "not beside"
 
 check: format-check lint types test  ## Format, lint, types, tests
 

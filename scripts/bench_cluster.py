@@ -4,15 +4,17 @@ Every bed is a cluster of unequal hosts on this machine (→ `testbed`): network
 shares by cgroup quotas. One process a host. For every model autoplace tunes (at most 100 real runs); then a run of its
 own, of which the tuning knows nothing, times in turn, a step of forward and backward with summed gradients each:
 
-    single      the model on the fastest host, by plain PyTorch; the others wait
-    ddp         DistributedDataParallel, equal shares
-    pipeline    `torch.distributed.pipelining.pipeline()`, cut into equal numbers of layers, GPipe, where it runs right
-    single 2    the first again: the A/A noise
-    autoplace   the kept plan
+    single        the model on the fastest host, by plain PyTorch; the others wait
+    ddp           DistributedDataParallel, equal shares
+    pipeline      `torch.distributed.pipelining.pipeline()`, cut into equal numbers of layers, GPipe, the better of 4
+                  and 8 microbatches, where it runs right
+    autoplace     the kept plan
+    autoplace 2   the same again: the A/A noise
 
 A ratio above 1 says how much faster autoplace is than the best of the others. Beside it stands what the simulator had
-foretold, before any run and after calibration; and over all plans that ran on all beds, its median error and Kendall's
-tau. Cases are kept one by one in `build/cluster.jsonl`, so that a run that was stopped goes on.
+foretold, before any run and after calibration. Between tuning and timing, plans drawn at random are foretold by the
+simulator as the tuning's runs calibrated it, and run: its median error and Kendall's tau over plans that it never saw.
+Cases are kept one by one in `build/cluster.jsonl`, so that a run that was stopped goes on.
 
     python scripts/bench_cluster.py [--beds 1:0.5@1000 ...] [--models vit ...] [--summary]
 """
@@ -29,22 +31,30 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster_models import MODELS, build
+from cluster_models import MODELS, Scores, build
 from results import provenance, save
 from testbed import BedHost, BedLink, TestBed
+
+if TYPE_CHECKING:
+    import random
+
+    from autoplace.group_tuner import GroupResult
+    from autoplace.plan import Plan
+    from autoplace.problem import Problem
+    from autoplace.runtime.distributed import Session
 
 _ROWS = Path(__file__).resolve().parent.parent / "build" / "cluster.jsonl"
 BEDS = tuple(f"{speeds}@{rate}" for rate in (1000, 100) for speeds in ("1:1", "1:0.5", "1:0.33", "1:0.5:0.25"))
 """Speeds of the hosts, and Mbit/s of their links."""
 _MARK = "row: "
 _PORT = 29400
-_ROUNDS = 9
 
 
 def bed_of(name: str) -> TestBed:
@@ -59,82 +69,152 @@ def bed_of(name: str) -> TestBed:
 # -- on the hosts ------------------------------------------------------------------------------------------------------
 
 
-def worker(name: str, options: argparse.Namespace) -> None:
-    """Tune one model and time it against the others; rank 0 prints the row."""
+def worker(options: argparse.Namespace) -> None:
+    """Tune the models one after the other and time each against the others; rank 0 prints their rows."""
     import torch
 
-    from autoplace.group_tuner import tune_group
     from autoplace.runtime.distributed import Session
-    from autoplace.runtime.distributed.runner import DistributedModel
 
     warnings.simplefilter("ignore")
-    if options.verbose:
-        faulthandler.dump_traceback_later(options.limit_s * 0.8)
     torch.set_num_threads(1)
     session = Session.join()
+    for name in options.models:
+        if options.verbose:
+            faulthandler.dump_traceback_later(options.limit_s * 0.8)
+        row = _case(name, session, options)
+        if session.rank == 0:
+            print(_MARK + json.dumps(row), flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _case(name: str, session: Session, options: argparse.Namespace) -> dict[str, Any]:
+    from autoplace.group_tuner import tune_group
+    from autoplace.runtime.distributed.runner import DistributedModel
+    from autoplace.runtime.stage_program import Exports
+
     model, batch = build(name, options.seed)
+    exports: Exports = {}
     start = time.perf_counter()
-    result = tune_group(model, batch, session, budget_s=options.budget)
+    result = tune_group(model, batch, session, budget_s=options.budget, exports=exports)
     tuning_s = time.perf_counter() - start
-    alone_ms = [
-        (r.measured.latency_ms, r.plan) for r in result.rows if r.plan.shape == "single" and r.measured is not None
-    ]
-    single = min(alone_ms, key=lambda found: found[0])[1]
+    unseen = _unseen(model, batch, session, result, exports, options)
     failures: dict[str, str] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    alone = DistributedModel(model, single, session)
-    ours = DistributedModel(model, result.plan, session)
-    runs["single"] = lambda: alone.train_step(batch)
+    alone = [r for r in result.rows if r.plan.shape == "single" and r.measured is not None and r.measured.feasible]
+    if alone:
+        fastest = min(alone, key=lambda r: r.measured.latency_ms if r.measured else math.inf).plan
+        single = DistributedModel(model, fastest, session)
+        runs["single"] = lambda: single.train_step(batch)
     runs["ddp"] = _ddp(model, batch, session)
     try:
         runs["pipeline"] = _pipeline(name, options.seed, batch, session)
     except Exception as error:
-        failures["pipeline"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    runs["single 2"] = runs["single"]
+        failures["pipeline"] = _in_short(error)
+    ours = DistributedModel(model, result.plan, session, exports=exports)
     runs["autoplace"] = lambda: ours.train_step(batch)
+    runs["autoplace 2"] = runs["autoplace"]
     samples: dict[str, list[float]] = {key: [] for key in runs}
-    for number in range(_ROUNDS + 1):
+    for number in range(options.rounds + 1):
         for key, run in runs.items():
             model.zero_grad(set_to_none=True)
             elapsed_ms = _timed(run, session)
             if number:
                 samples[key].append(round(elapsed_ms, 3))
-    if session.rank == 0:
-        plans = [
+    kept = next(r for r in result.rows if r.plan == result.plan)
+    return {
+        "model": name,
+        "batch": MODELS[name].batch,
+        "plan": kept.label,
+        "shape": result.plan.shape,
+        "shares": [round(r.share, 4) for r in result.plan.replicas],
+        "microbatches": result.plan.microbatches,
+        "predicted_ms": kept.predicted.latency_ms if kept.predicted else None,
+        "calibrated_ms": kept.calibrated.latency_ms if kept.calibrated else None,
+        "runs": result.runs,
+        "noise": result.noise,
+        "tuning_s": round(tuning_s, 1),
+        "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
+        "factors": result.calibration.factors.sentence if result.calibration else "",
+        "failures": failures,
+        "samples_ms": samples,
+        "plans": [
             {
                 "label": r.label,
                 "shape": r.plan.shape,
                 "predicted_ms": None if r.predicted is None else r.predicted.latency_ms,
                 "calibrated_ms": None if r.calibrated is None else r.calibrated.latency_ms,
-                "measured_ms": r.measured.latency_ms if r.measured is not None and r.measured.feasible else None,
-                "reason": "" if r.measured is None else r.measured.reason,
+                "measured_ms": r.measured.latency_ms if r.measured.feasible else None,
+                "reason": r.measured.reason,
             }
             for r in result.rows
             if r.measured is not None
-        ]
-        kept = next(r for r in result.rows if r.plan == result.plan)
-        row = {
-            "model": name,
-            "batch": MODELS[name].batch,
-            "plan": kept.label,
-            "shares": [round(r.share, 4) for r in result.plan.replicas],
-            "microbatches": result.plan.microbatches,
-            "predicted_ms": kept.predicted.latency_ms if kept.predicted else None,
-            "calibrated_ms": kept.calibrated.latency_ms if kept.calibrated else None,
-            "runs": result.runs,
-            "noise": result.noise,
-            "tuning_s": round(tuning_s, 1),
-            "failures": failures,
-            "samples_ms": samples,
-            "plans": plans,
-            "commit": provenance(seed=options.seed)["commit"],
+        ],
+        "unseen": unseen,
+        "commit": provenance(seed=options.seed)["commit"],
+    }
+
+
+def _unseen(
+    model: Any, batch: Any, session: Session, result: GroupResult, exports: Any, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Predict plans drawn at random, which the tuning never ran, and then run them."""
+    import random
+
+    from autoplace.measure.pool import plan_key
+    from autoplace.runtime.distributed.pool import GroupEvaluator
+    from autoplace.simulate.collectives import ClusterEvaluator
+
+    problem = result.problem
+    assert problem is not None  # a tuning profiles
+    factors = result.calibration.factors if result.calibration else None
+    dice = random.Random(f"{options.seed} {problem.name} {problem.num_devices}")
+    known = {plan_key(r.plan) for r in result.rows}
+    before, after = ClusterEvaluator(problem), ClusterEvaluator(problem, factors=factors)
+    plans: list[Plan] = []
+    for _ in range(100 * options.unseen):
+        plan = _random_plan(problem, dice)
+        if len(plans) < options.unseen and plan_key(plan) not in known and after.evaluate([plan])[0].feasible:
+            known.add(plan_key(plan))
+            plans.append(plan)
+    if not plans:
+        return []
+    outcomes = GroupEvaluator(model, batch, session, exports=exports).evaluate_interleaved(plans, 3)
+    return [
+        {
+            "shape": plan.shape,
+            "shares": [round(r.share, 4) for r in plan.replicas],
+            "microbatches": plan.microbatches,
+            "predicted_ms": before.predict_ms(plan),
+            "calibrated_ms": after.predict_ms(plan),
+            "measured_ms": outcome.latency_ms if outcome.feasible else None,
+            "reason": outcome.reason,
         }
-        print(_MARK + json.dumps(row), flush=True)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        for plan, outcome in zip(plans, outcomes, strict=True)
+    ]
 
 
-def _timed(run: Callable[[], Any], session: Any) -> float:
+def _random_plan(problem: Problem, dice: random.Random) -> Plan:
+    """Return a plan over two devices or more: shares, or cuts and microbatches, at random."""
+    import numpy as np
+
+    from autoplace.strategies.pipelines import stages_plan
+    from autoplace.strategies.weighted import replicas_plan
+
+    devices = dice.sample(range(problem.num_devices), dice.randint(2, problem.num_devices))
+    if dice.random() < 0.5:
+        cuts = sorted(dice.sample(range(1, problem.batch_size), len(devices) - 1))
+        counts = tuple(b - a for a, b in itertools.pairwise([0, *cuts, problem.batch_size]))
+        return replicas_plan(problem, sorted(devices), counts, strategy="random")
+    forward = problem.num_ops // 2
+    cuts = sorted(dice.sample(range(1, forward), len(devices) - 1))
+    order = [op for op in problem.graph.topological_order.tolist() if op < forward]
+    row = np.zeros(problem.num_ops, np.int32)
+    row[order] = np.repeat(devices, np.diff([0, *cuts, forward]))
+    return stages_plan(problem, row, strategy="random", microbatches=dice.choice((1, 2, 4, 8)))
+
+
+def _timed(run: Callable[[], Any], session: Session) -> float:
     import torch
     import torch.distributed as dist
 
@@ -146,7 +226,7 @@ def _timed(run: Callable[[], Any], session: Any) -> float:
     return float(elapsed)
 
 
-def _ddp(model: Any, batch: dict[str, Any], session: Any) -> Callable[[], Any]:
+def _ddp(model: Any, batch: dict[str, Any], session: Session) -> Callable[[], Any]:
     """Return a step of DistributedDataParallel as people write it, each rank with an equal part of the batch."""
     from torch.nn.parallel import DistributedDataParallel
 
@@ -163,68 +243,83 @@ def _ddp(model: Any, batch: dict[str, Any], session: Any) -> Callable[[], Any]:
     return step
 
 
-def _pipeline(name: str, seed: int, batch: dict[str, Any], session: Any) -> Callable[[], Any]:
-    """Return a step of torch's own pipeline, cut into equal numbers of layers, once it has been found right."""
+def _pipeline(name: str, seed: int, batch: dict[str, Any], session: Session) -> Callable[[], Any]:
+    """Return a step of torch's own pipeline, cut into equal numbers of layers, once it has been found right.
+
+    It gets what it takes best: tensors by position, scores as output, the loss outside. The best of a few numbers of
+    microbatches is kept.
+    """
     import torch
     from torch.distributed.pipelining import ScheduleGPipe, SplitPoint, pipeline
 
     model, _ = build(name, seed)
-    count = len(model.get_submodule(MODELS[name].layers))
-    size = session.world_size
-    points = {f"{MODELS[name].layers}.{count * i // size}": SplitPoint.BEGINNING for i in range(1, size)}
-    chunks = 4
-    some = {k: v[: len(v) // chunks] for k, v in batch.items()}
-
-    def cut() -> Any:
-        pipe = pipeline(model, mb_args=(), mb_kwargs=some, split_spec=points)
-        if pipe.num_stages != size:
-            raise ValueError(f"it made {pipe.num_stages} stages")
-        return pipe
-
-    # Where one rank fails the other waits for it; in a group of its own it does so for a minute and not for ever.
-    own = torch.distributed.new_group(timeout=datetime.timedelta(seconds=60))
-    stage = session.together(cut).build_stage(session.rank, torch.device("cpu"), own)
-    schedule = ScheduleGPipe(stage, chunks, loss_fn=lambda output, _target: output["loss"])
-    feed = batch if session.rank == 0 else {}
-    target = torch.zeros(chunks) if session.rank == size - 1 else None
-    losses: list[Any] = []
-
-    def step() -> None:
-        stage.submod.zero_grad(set_to_none=True)
-        losses.clear()
-        schedule.step(**feed, target=target, losses=losses)
-
-    problem = ""
-    try:
-        step()
-    except Exception as error:
-        problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
-    problem = next((text for text in session.gather(problem) if text), "")
-    if problem:
-        raise RuntimeError(problem)
-    # Right or not, against plain PyTorch on rank 0.
+    scores = Scores(name, model, batch)
+    path = f"model.{MODELS[name].layers}"
+    count, size = len(scores.get_submodule(path)), session.world_size
+    points = {f"{path}.{count * i // size}": SplitPoint.BEGINNING for i in range(1, size)}
     plain, _ = build(name, seed)
     plain(**batch)["loss"].backward()
-    grads = {n: p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
-    wanted = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
-    wrong = next(
-        (n for n, g in grads.items() if n in wanted and not torch.allclose(g, wanted[n], rtol=1e-2, atol=1e-5)), ""
-    )
-    wrong = next((text for text in session.gather(wrong) if text), "")
-    if wrong:
-        raise RuntimeError(f"the gradient of {wrong!r} is wrong")
-    return step
+    wanted = {f"model.{n}": p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    found: list[tuple[float, Callable[[], Any]]] = []
+    problem = ""
+    for chunks in (4, 8):
+        some = tuple(value[: len(value) // chunks] for value in scores.inputs)
+
+        def cut(some: Any = some) -> Any:
+            pipe = pipeline(scores, mb_args=some, split_spec=points)
+            if pipe.num_stages != size:
+                raise ValueError(f"it made {pipe.num_stages} stages")
+            return pipe
+
+        # Where one rank fails the other waits for it; in a group of its own it does so for a minute and not for ever.
+        own = torch.distributed.new_group(timeout=datetime.timedelta(seconds=60))
+        stage = session.together(cut).build_stage(session.rank, torch.device("cpu"), own)
+        schedule = ScheduleGPipe(stage, chunks, loss_fn=scores.loss)
+
+        def step(stage: Any = stage, schedule: Any = schedule) -> None:
+            stage.submod.zero_grad(set_to_none=True)
+            feed = scores.inputs if session.rank == 0 else ()
+            target = scores.targets if session.rank == size - 1 else None
+            schedule.step(*feed, target=target, losses=[])
+
+        try:
+            step()
+        except Exception as error:
+            problem = _in_short(error)
+        problem = next((text for text in session.gather(problem) if text), "")
+        if problem:
+            break
+        grads = {n: p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
+        problem = next(
+            (f"the gradient of {n!r} is wrong" for n, g in grads.items()
+             if n in wanted and not torch.allclose(g, wanted[n], rtol=1e-2, atol=1e-5)), ""
+        )  # fmt: skip
+        have = set().union(*session.gather(set(grads)))
+        problem = problem or next((f"{n!r} has no gradient" for n in sorted(set(wanted) - have)), "")
+        problem = next((text for text in session.gather(problem) if text), "")
+        if problem:
+            break
+        found.append((min(_timed(step, session) for _ in range(2)), step))
+    if not found:
+        raise RuntimeError(problem)
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 # -- the parent --------------------------------------------------------------------------------------------------------
 
 
-def run_case(bed: TestBed, name: str, port: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one model on a bed that is up."""
+def run_models(
+    bed: TestBed, names: Sequence[str], port: int, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run models on a bed that is up, all in the same processes; one that fails ends with an error and ends them."""
     cluster = Path(options.folder) / "cluster.yaml"
     found = bed.cluster()
     found.save(cluster)
-    processes = []
+    processes: list[subprocess.Popen[Any]] = []
     for rank, device in enumerate(found.devices):
         own = {
             "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(found.num_devices), "LOCAL_WORLD_SIZE": "1",
@@ -232,41 +327,50 @@ def run_case(bed: TestBed, name: str, port: int, options: argparse.Namespace) ->
             "OMP_NUM_THREADS": "1", "AUTOPLACE_CLUSTER": str(cluster), "AUTOPLACE_HOST": device.host,
             "AUTOPLACE_TIMEOUT_S": "300",
         }  # fmt: skip
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--budget", str(options.budget),
-                   "--seed", str(options.seed), "--limit-s", str(options.limit_s)]  # fmt: skip
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--models", *names]
+        command += ["--budget", str(options.budget), "--seed", str(options.seed), "--limit-s", str(options.limit_s)]
+        command += ["--rounds", str(options.rounds), "--unseen", str(options.unseen)]
         command += ["--verbose"] if options.verbose else []
         stdout = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         stderr = None if options.verbose else subprocess.DEVNULL
-        processes.append(bed.popen(device.host, command, env={**os.environ, **own}, stdout=stdout, stderr=stderr))
+        processes.append(
+            bed.popen(device.host, command, env={**os.environ, **own}, stdout=stdout, stderr=stderr, text=True)
+        )
     try:
-        out, _ = processes[0].communicate(timeout=options.limit_s)
-    except subprocess.TimeoutExpired:
-        out = b""
-    for process in processes:
-        process.kill()
-        process.wait()
-    text = out.decode() if isinstance(out, bytes) else out
-    line = next((x for x in text.splitlines() if x.startswith(_MARK)), None)
-    if line is None:
-        return {"model": name, "error": f"no result within {options.limit_s:g} s, or a rank failed"}
-    return json.loads(line.removeprefix(_MARK))  # type: ignore[no-any-return]
+        for name in names:
+            alarm = threading.Timer(options.limit_s, lambda: [p.kill() for p in processes])
+            alarm.start()
+            try:
+                assert processes[0].stdout is not None
+                line = next((text for text in processes[0].stdout if text.startswith(_MARK)), None)
+            finally:
+                alarm.cancel()
+            if line is None:
+                yield name, {"model": name, "error": f"no result within {options.limit_s:g} s, or a rank failed"}
+                return
+            yield name, json.loads(line.removeprefix(_MARK))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
     """Return the ratios of a row: against each contender, and the best of them."""
+    from autoplace.measure.protocol import aa_noise
+
     samples = row["samples_ms"]
     medians = {key: statistics.median(values) for key, values in samples.items()}
     others = [key for key in ("single", "ddp", "pipeline") if key in samples]
     best = min(others, key=lambda key: medians[key])
     pairs = [a / b for a, b in zip(samples[best], samples["autoplace"], strict=True)]
-    again = [a / b for a, b in zip(samples["single"], samples["single 2"], strict=True)]
     return {
         "medians_ms": medians,
         "samples_per_s": {key: row["batch"] / ms * 1e3 for key, ms in medians.items()},
         "best": best,
         "over_best": statistics.median(pairs),
         "quartiles": [statistics.quantiles(pairs, n=4)[0], statistics.quantiles(pairs, n=4)[2]],
-        "a_a": max(abs(statistics.median(again) - 1.0), (max(again) - min(again)) / 4),
+        "a_a": aa_noise(samples["autoplace"], samples["autoplace 2"]),
     }
 
 
@@ -304,8 +408,16 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
             means[key] = {"ratio": round(1 / mean.geometric_mean, 4), "interval": interval, "cases": len(some),
                           "least": round(min(f["over_best"] for f in some), 4)}  # fmt: skip
             print(f"geometric mean over the best, {key}: {means[key]}")
-    simulator = {when: _errors(good, f"{when}_ms") for when in ("predicted", "calibrated")}
-    print(f"simulator against measurement: {simulator}")
+    simulator = {
+        f"{'the tuning' if which == 'plans' else 'unseen'}, {words}": _errors(good, which, key)
+        for which, words, key in (
+            ("plans", "before any run", "predicted_ms"),
+            ("plans", "calibrated by them", "calibrated_ms"),
+            ("unseen", "before any run", "predicted_ms"),
+            ("unseen", "calibrated", "calibrated_ms"),
+        )
+    }
+    print(f"simulator against measurement: {json.dumps(simulator, indent=1)}")
     kept = [{**{k: v for k, v in row.items() if k != "samples_ms"}, **f} for row, f in found]
     failed = [row for row in rows if "samples_ms" not in row]
     save(
@@ -315,12 +427,14 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     )
 
 
-def _errors(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+def _errors(rows: Sequence[dict[str, Any]], which: str, key: str) -> dict[str, Any]:
     """Return plans, median relative error, and Kendall's tau within a case (pairs of all cases together)."""
     errors: list[float] = []
     agree = total = 0
     for row in rows:
-        pairs = [(p[key], p["measured_ms"]) for p in row["plans"] if p[key] and p["measured_ms"]]
+        pairs = [
+            (p[key], p["measured_ms"]) for p in row[which] if p[key] and p["measured_ms"] and math.isfinite(p[key])
+        ]
         errors += [abs(a / b - 1.0) for a, b in pairs]
         for (a, b), (c, d) in itertools.combinations(pairs, 2):
             total += 1
@@ -335,16 +449,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", nargs="+", default=list(BEDS), help="speeds@Mbit/s, for example 1:0.5@1000")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
-    parser.add_argument("--budget", type=float, default=30.0, help="wall seconds of a tuning's real runs")
+    parser.add_argument("--budget", type=float, default=40.0, help="wall seconds of a tuning's real runs")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contender")
+    parser.add_argument("--unseen", type=int, default=5, help="random plans that are foretold and run")
     parser.add_argument("--limit-s", type=float, default=400.0, help="seconds that one case may take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="forget the cases that ran before")
     parser.add_argument("--summary", action="store_true", help="run nothing")
     parser.add_argument("--verbose", action="store_true", help="show what the hosts say")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options)
+        worker(options)
         return 0
     if options.fresh:
         _ROWS.unlink(missing_ok=True)
@@ -361,16 +477,16 @@ def main() -> int:
             print(f"no test bed here: {missing}")
             return 1
         with bed_of(name) as bed:
-            for model in left:
+            while left:
                 port += 1
-                row = {"bed": name, **run_case(bed, model, port, options)}
-                rows = [r for r in rows if (r["bed"], r["model"]) != (name, model)] + [row]
-                with _ROWS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                told = figures(row) if "samples_ms" in row else row
-                print(
-                    name, model, row.get("plan", ""), json.dumps({k: told[k] for k in told if k != "plans"}), flush=True
-                )
+                for model, found in run_models(bed, left, port, options):
+                    row = {"bed": name, **found}
+                    rows = [r for r in rows if (r["bed"], r["model"]) != (name, model)] + [row]
+                    with _ROWS.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    told = figures(row) | {"factors": row["factors"]} if "samples_ms" in row else row
+                    print(name, model, row.get("plan", ""), json.dumps(told), flush=True)
+                    left = left[1:]
     report(rows, options)
     return 0
 

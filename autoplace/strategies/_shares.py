@@ -11,7 +11,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Counts", "refine_counts", "whole_units"]
+__all__ = ["Counts", "moved_counts", "refine_counts", "whole_units"]
 
 Counts = tuple[int, ...]
 """Units of every replica; 0 leaves it out."""
@@ -51,8 +51,7 @@ def refine_counts(start: Counts, value: Callable[[Counts], float], *, most: int)
 
     best, step = start, max(1, sum(start) // 8)
     while True:
-        moves = [_moved(best, giver, taker, step) for giver, taker in permutations(range(len(best)), 2)]
-        found = min((m for m in moves if m is not None), key=of, default=best)
+        found = min(moved_counts(best, step), key=of, default=best)
         if of(found) < of(best) * (1.0 - _BETTER) or (np.isinf(of(best)) and np.isfinite(of(found))):
             best = found
         elif step > 1:
@@ -61,10 +60,13 @@ def refine_counts(start: Counts, value: Callable[[Counts], float], *, most: int)
             return known[best], best
 
 
-def _moved(counts: Counts, giver: int, taker: int, step: int) -> Counts | None:
-    if counts[giver] < step:
-        return None
-    moved = list(counts)
-    moved[giver] -= step
-    moved[taker] += step
-    return tuple(moved)
+def moved_counts(counts: Counts, step: int) -> list[Counts]:
+    """Return all counts in which one replica has given that many units to another."""
+    found = []
+    for giver, taker in permutations(range(len(counts)), 2):
+        if counts[giver] >= step:
+            moved = list(counts)
+            moved[giver] -= step
+            moved[taker] += step
+            found.append(tuple(moved))
+    return found

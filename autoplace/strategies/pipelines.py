@@ -26,6 +26,7 @@ __all__ = [
     "built_by",
     "dividing",
     "in_line",
+    "moved_cuts",
     "pipeline_plans",
     "planned_problem",
     "rank_problem",
@@ -59,7 +60,8 @@ def rank_problem(
     """Return the problem as a strategy for one host should see it, so that its placements suit ranks.
 
     Weights count with the optimizer's state, activations with as many microbatches as 1F1B holds, and ops that share a
-    parameter may part: only a forward op and its backward stay together.
+    parameter may part: only a forward op and its backward stay together. Where ranks hold all weights at rest, what they
+    hold then is taken off their memory, and weights count no more.
 
     Args:
         problem: What is placed.
@@ -70,9 +72,8 @@ def rank_problem(
         share: Of the batch, for a replica's activations.
     """
     graph, (count, training) = problem.graph, forward_ops(problem.graph)
-    weights = graph.weight_bytes.astype(np.float64)
-    if training:
-        weights[:count] *= 1.0 + optimizer_bytes_per_weight_byte
+    weights, resting = graph.weight_bytes.astype(np.float64), problem.resting_bytes
+    weights[:count] *= (0.0 if resting else 1.0) + (optimizer_bytes_per_weight_byte if training else 0.0)
     colocate = graph.colocate
     if split_ties:
         colocate = np.full(graph.num_ops, -1, np.int32)
@@ -86,8 +87,12 @@ def rank_problem(
         activation_bytes=np.ceil(graph.activation_bytes * held).astype(np.int64),
         colocate=colocate,
     )
+    devices = tuple(
+        replace(d, memory_bytes=max(0.0, d.memory_bytes - resting.get(d.name, 0.0))) for d in problem.cluster.devices
+    )
     return problem.with_(
         graph=planned,
+        cluster=replace(problem.cluster, devices=devices) if resting else problem.cluster,
         semantics=replace(problem.semantics, microbatches=microbatches, route="direct"),
         concurrency_scale=1.0,
         dispatch_ms=0.0,
@@ -194,32 +199,40 @@ def settled(problem: Problem, row: NDArray[np.integer]) -> Row:
     return _mirrored(problem, np.asarray(row)[: forward_ops(problem.graph)[0]])
 
 
-def _refined_cuts(problem: Problem, row: Row, value: Callable[[Row], float], *, split_ties: bool) -> tuple[float, Row]:
-    """Move one cut after the other as long as that lowers the value; steps get smaller down to one op."""
+def moved_cuts(problem: Problem, row: NDArray[np.integer], step: int) -> list[Row]:
+    """Return a pipeline's placements with one cut moved by that many ops; none where a device has several stretches.
+
+    Args:
+        problem: What is placed.
+        row: int[N], device of every op.
+        step: Forward ops, 1 or more.
+    """
     count, _ = forward_ops(problem.graph)
     order = [op for op in problem.graph.topological_order.tolist() if op < count]
-    devices = row[order]
+    devices = np.asarray(row)[order]
     cuts = [0, *(np.flatnonzero(np.diff(devices)) + 1).tolist(), count]
     line = devices[cuts[:-1]]
-    best, worth = row, value(row)
+    found: list[Row] = []
     if len(set(line.tolist())) < len(line):
-        return worth, row
-    step = max(1, count // 8)
+        return found
+    for i in range(1, len(cuts) - 1):
+        for moved in (cuts[i] - step, cuts[i] + step):
+            if cuts[i - 1] < moved < cuts[i + 1]:
+                forward = np.zeros(count, np.int32)
+                forward[order] = np.repeat(line, np.diff([*cuts[:i], moved, *cuts[i + 1 :]]))
+                found.append(_mirrored(problem, forward))
+    return found
+
+
+def _refined_cuts(problem: Problem, row: Row, value: Callable[[Row], float], *, split_ties: bool) -> tuple[float, Row]:
+    """Move one cut after the other as long as that lowers the value; steps get smaller down to one op."""
+    best, worth = row, value(row)
+    step = max(1, forward_ops(problem.graph)[0] // 8)
     for _ in range(_MOST_STEPS):
-        tried = []
-        for i in range(1, len(cuts) - 1):
-            for moved in (cuts[i] - step, cuts[i] + step):
-                if cuts[i - 1] < moved < cuts[i + 1]:
-                    sizes = np.diff([*cuts[:i], moved, *cuts[i + 1 :]])
-                    forward = np.zeros(count, np.int32)
-                    forward[order] = np.repeat(line, sizes)
-                    there = _mirrored(problem, forward)
-                    if split_ties or _together(problem, there):
-                        tried.append((value(there), i, moved, there))
-        found = min(tried, key=lambda t: t[:3], default=None)
-        if found is not None and found[0] < worth * (1.0 - 1e-9):
-            worth, best = found[0], found[3]
-            cuts[found[1]] = found[2]
+        tried = [r for r in moved_cuts(problem, best, step) if split_ties or _together(problem, r)]
+        found = min(((value(r), i) for i, r in enumerate(tried)), default=(np.inf, 0))
+        if found[0] < worth * (1.0 - 1e-9):
+            worth, best = found[0], tried[found[1]]
         elif step > 1:
             step //= 2
         else:
