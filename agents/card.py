@@ -84,10 +84,14 @@ def write_card(config: TrainConfig, facts: TrainingFacts, evaluation: dict[str, 
         f"- Date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, seed {config.seed}, "
         f"autoplace {autoplace.__version__}, torch {torch.__version__}, {platform.machine()}",
         f"- Stages: {', '.join(config.ordered_stages)}; {spent}",
-        f"- Data: {problems} problems, {config.problems} of them drawn: synthetic families {', '.join(TRAIN_FAMILIES)}"
-        + (f"; {captured:.0%} of them graphs of models {', '.join(TRAIN_MODELS)}" if captured else "")
-        + f"; clusters {', '.join(TRAIN_CLUSTERS)} of 2 to {config.max_devices} devices; up to {config.max_ops} ops",
     ]
+    if problems:
+        lines.append(
+            f"- Data: {problems} problems, {config.problems} of them drawn: synthetic families "
+            + ", ".join(TRAIN_FAMILIES)
+            + (f"; {captured:.0%} of them graphs of models {', '.join(TRAIN_MODELS)}" if captured else "")
+            + f"; clusters {', '.join(TRAIN_CLUSTERS)} of 2 to {config.max_devices} devices; up to {config.max_ops} ops"
+        )
     if config.without:
         lines.append(f"- An ablation, without: {', '.join(config.without)}")
     if "imitate" in config.ordered_stages:

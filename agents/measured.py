@@ -1,14 +1,15 @@
 """The last stage: PPO whose reward is the measured latency and energy of short real runs.
 
-`ReferencedEvaluator` stands between the environment and the real runs. Every plan is measured beside the reference
-plan, so that a machine that slows down does not punish the policy. A plan that comes again is measured again, so that
-every reward is a run of its own; where runs are dear, a share of them can be answered from memory.
+`ReferencedEvaluator` stands between the environment and the real runs, wherever they run. Plans are measured beside the
+reference plan, so that a machine that slows down does not punish the policy. A plan that comes again is measured again,
+so that every reward is a run of its own; where runs are dear, a share of them can be answered from memory, and plans
+that a simulator finds hopeless get its word for a reward.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median_low
 
@@ -24,6 +25,14 @@ from .ppo import PpoConfig
 
 __all__ = ["MeasuredCase", "ReferencedEvaluator", "measured_config"]
 
+_HOPELESS = 1.5
+"""Times the reference's forecast from which on a plan is not run."""
+
+
+def _undivided(plan: Plan) -> Plan:
+    """Return the plan as a tuning would run it: a batch on one device is not split, for that gains nothing there."""
+    return plan.with_(microbatches=1) if plan.shape == "single" else plan
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeasuredCase:
@@ -32,6 +41,20 @@ class MeasuredCase:
     problem: Problem
     evaluator: Evaluator
     """Runs plans of the problem; `MeasuredEvaluator`, or anything with its face."""
+    references: Sequence[Plan] = ()
+    """The one of these that is fastest when measured is the reference; none = the best non-learned plans."""
+    reference_name: str = "best non-learned plan"
+    """What to call the reference when people are told of rewards."""
+    as_run: Callable[[Plan], Plan] = _undivided
+    """Turns a placement into what runs."""
+    forecast: Callable[[Plan], Outcome] | None = None
+    """Foretells what a plan that runs will cost, to spare real runs; None = every plan is run."""
+    together: int = 1
+    """Plans that are measured in one go, beside one run of the reference."""
+    temperature: float = 1.0
+    """By which a policy is softened that the training starts from: one that is sure of itself tries nothing else."""
+    done: Callable[[], None] = lambda: None
+    """Called when the last plan has run, for those who help to run them."""
 
 
 @dataclass
@@ -41,9 +64,11 @@ class _Known:
 
 
 class ReferencedEvaluator:
-    """An Evaluator that measures plans beside the best non-learned plan.
+    """An Evaluator that measures plans beside a reference.
 
-    Objectives are scaled by the reference's own drift: J_plan * J_reference_first / J_reference_now.
+    Objectives are scaled by the reference's own drift: J_plan * J_reference_first / J_reference_now. Where there is a
+    forecast, a plan that does not fit or takes 1.5 times the reference is not run: its Outcome is the simulator's, and
+    its objective J_reference_first * forecast_plan / forecast_reference.
 
     Args:
         case: Problem and real runs.
@@ -51,20 +76,20 @@ class ReferencedEvaluator:
         seed: Of the choice of those.
 
     Raises:
-        InfeasibleError: If no baseline can be run.
+        InfeasibleError: If no reference can be run.
     """
 
     def __init__(self, case: MeasuredCase, *, remeasure: float = 1.0, seed: int = 0) -> None:
-        self._evaluator = case.evaluator
+        self._case = case
         self._remeasure = remeasure
         self._random = np.random.default_rng(seed)
         self._known: dict[str, _Known] = {}
         self.evaluations = 0
-        """Plans asked for so far, those answered from memory included."""
+        """Plans asked for so far, those answered from memory or by forecast included."""
         self.measured = 0
         """Plans that were run."""
-        plans = [
-            _as_run(Plan.from_assignment(case.problem, b.assignment, strategy=b.strategy))
+        plans = list(case.references) or [
+            case.as_run(Plan.from_assignment(case.problem, b.assignment, strategy=b.strategy))
             for b in constructive_baselines(case.problem)
         ]
         unique = list({_key(plan): plan for plan in plans}.values())
@@ -75,29 +100,50 @@ class ReferencedEvaluator:
             reasons = "; ".join(dict.fromkeys(o.reason for o in outcomes)) or "there is no baseline plan"
             raise InfeasibleError(f"no baseline plan of {case.problem.name!r} runs on these devices: {reasons}")
         self.reference, index = min(able)
-        """J of the best baseline as first measured."""
+        """J of the reference as first measured."""
         self.reference_plan = unique[index]
+        self._foretold = math.inf if case.forecast is None else case.forecast(self.reference_plan).objective
 
     def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
         """Return one Outcome per plan; see `Evaluator`."""
         self.evaluations += len(plans)
-        return [self._one(_as_run(plan)) for plan in plans]
+        plans = [self._case.as_run(plan) for plan in plans]
+        found = [self._hopeless(plan) or self._remembered(plan) for plan in plans]
+        waiting = [i for i, outcome in enumerate(found) if outcome is None]
+        for i, outcome in zip(waiting, self._run([plans[i] for i in waiting]), strict=True):
+            found[i] = outcome
+        return [outcome for outcome in found if outcome is not None]
 
-    def _one(self, plan: Plan) -> Outcome:
+    def _hopeless(self, plan: Plan) -> Outcome | None:
+        """Return what is foretold of a plan that is not worth a run; None where it is worth one."""
+        if self._case.forecast is None or not math.isfinite(self._foretold):
+            return None
+        told = self._case.forecast(plan)
+        if told.feasible and told.objective < _HOPELESS * self._foretold:
+            return None
+        return replace(told, objective=self.reference * told.objective / self._foretold)
+
+    def _remembered(self, plan: Plan) -> Outcome | None:
         known = self._known.setdefault(_key(plan), _Known(plan))
-        if known.outcomes and self._random.random() >= self._remeasure:
-            return _median(known.outcomes)
-        beside, outcome = self._evaluator.evaluate([self.reference_plan, plan])
-        self.measured += 1
-        if outcome.feasible and beside.feasible and beside.objective > 0:
-            outcome = replace(outcome, objective=outcome.objective * self.reference / beside.objective)
-        known.outcomes.append(outcome)
-        return outcome
+        again = not known.outcomes or self._random.random() < self._remeasure
+        return None if again else _median(known.outcomes)
 
-
-def _as_run(plan: Plan) -> Plan:
-    """Return the plan as a tuning would run it: a batch on one device is not split, for that gains nothing there."""
-    return plan.with_(microbatches=1) if plan.shape == "single" else plan
+    def _run(self, plans: Sequence[Plan]) -> list[Outcome]:
+        """Measure plans beside the reference."""
+        if not plans:
+            return []
+        same = _key(self.reference_plan)  # beside itself it would show noise alone
+        others = [plan for plan in plans if _key(plan) != same]
+        beside, *measured = self._case.evaluator.evaluate([self.reference_plan, *others])
+        self.measured += len(others)
+        outcomes, found = iter(measured), []
+        for plan in plans:
+            outcome = beside if _key(plan) == same else next(outcomes)
+            if outcome.feasible and beside.feasible and beside.objective > 0:
+                outcome = replace(outcome, objective=outcome.objective * self.reference / beside.objective)
+            self._known[_key(plan)].outcomes.append(outcome)
+            found.append(outcome)
+        return found
 
 
 def _key(plan: Plan) -> str:
@@ -110,7 +156,7 @@ def _median(outcomes: list[Outcome]) -> Outcome:
     return next(o for o in outcomes if o.objective == middle)
 
 
-def measured_config(classes: int, *, plans_per_update: int = 10) -> PpoConfig:
+def measured_config(classes: int, *, plans_per_update: int = 10, together: int = 1) -> PpoConfig:
     """Return PPO's settings for few, dear and noisy episodes.
 
     Args:
@@ -118,11 +164,12 @@ def measured_config(classes: int, *, plans_per_update: int = 10) -> PpoConfig:
         plans_per_update: Episodes between two updates. In 180 plans of twelve decisions with 5 % noise, three seeds,
             ten reached the reference on one of three simulated machines where six fell 0.08 short, and did as well
             as six on the others.
+        together: Episodes that end at the same time.
     """
     return PpoConfig(
         learning_rate=3e-3,
-        envs=1,
-        steps=max(classes, 2) * plans_per_update,
+        envs=together,
+        steps=max(classes, 2) * max(1, plans_per_update // together),
         batch_size=64,
         epochs=8,
         gae_lambda=0.95,

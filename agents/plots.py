@@ -18,7 +18,9 @@ __all__ = ["measured_reward_figure", "read_measured_rewards"]
 
 
 def read_measured_rewards(path: str | Path) -> list[float]:
-    """Return the reward of every episode in a `measured.jsonl`, in order; a torn last line is left out.
+    """Return the reward of every episode in a `measured.jsonl`, in order, without what was foretold and not run.
+
+    A torn last line is left out.
 
     Raises:
         InputError: If the file cannot be read.
@@ -26,18 +28,23 @@ def read_measured_rewards(path: str | Path) -> list[float]:
     rewards = []
     for line in read_text(path, InputError).splitlines():
         try:
-            rewards.append(float(json.loads(line)["reward"]))
-        except (ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            if (record.get("outcome") or {}).get("source") != "simulated":
+                rewards.append(float(record["reward"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return rewards
 
 
-def measured_reward_figure(rewards: list[float], *, window: int = 15) -> Figure:
+def measured_reward_figure(
+    rewards: list[float], *, window: int = 15, reference: str = "best non-learned plan"
+) -> Figure:
     """Return a plot of the measured rewards over real plans.
 
     Args:
         rewards: log(J_reference / J) of every real plan, in order.
         window: Plans in the moving average, which starts where there are as many.
+        reference: What a reward of 0 is.
     """
     from matplotlib.figure import Figure
 
@@ -49,7 +56,7 @@ def measured_reward_figure(rewards: list[float], *, window: int = 15) -> Figure:
         width = min(window, len(values))
         averages = np.convolve(values, np.full(width, 1.0 / width), mode="valid")
         axes.plot(plans[width - 1 :], averages, color="#1f6feb", linewidth=2.2, label=f"mean of the last {width} plans")
-    axes.axhline(0.0, color="#222222", linewidth=1.2, linestyle="--", label="best non-learned plan")
+    axes.axhline(0.0, color="#222222", linewidth=1.2, linestyle="--", label=reference)
     axes.set_xlabel("plans run on the devices (count)")
     axes.set_ylabel("measured reward, ln(J reference / J)")
     right = axes.secondary_yaxis("right", functions=(lambda y: y, lambda y: y))

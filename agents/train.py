@@ -99,7 +99,8 @@ class _Training:
         devices = [p.num_devices for p in model_problems] + [c.problem.num_devices for c in measured]
         self.max_devices = max([config.max_devices, *devices])
         self.captured = config.captured if available() else 0.0
-        drawn = self._draw(training_problems, config.problems, config.seed)
+        imagined = set(config.ordered_stages) - {"measure"}
+        drawn = self._draw(training_problems, config.problems, config.seed) if imagined else []
         repeats = math.ceil(config.problems / 3 / len(model_problems)) if model_problems else 0
         self.problems = drawn + model_problems
         self.weighted = drawn + model_problems * repeats
@@ -214,21 +215,28 @@ class _Training:
     def _measure(self) -> None:
         config = self.config
         steps = [len(np.unique(_classes(c.problem))) for c in self.measured]
-        ppo = measured_config(max(steps))
-        chunks = math.ceil(config.measure_plans / max(1, ppo.steps // max(steps)))
+        ppo = measured_config(max(steps), together=max(c.together for c in self.measured))
+        chunks = math.ceil(config.measure_plans / max(1, ppo.envs * ppo.steps // max(steps)))
         cache, evaluators = _measured_cache(self.measured, config.seed)
         records = config.output / "measured.jsonl"
         if self.at.chunk == 0:
             records.unlink(missing_ok=True)
+            if config.start is not None:
+                self.network.soften(max(c.temperature for c in self.measured))
         rewards: list[float] = []
+        plans = 0
 
         def episode(info: dict[str, Any]) -> None:
-            rewards.append(info["log_ratio"])
-            average = float(np.mean(rewards[-10:]))
+            nonlocal plans
+            plans += 1
             self.at.step += 1
-            self.log({"measure/reward": rewards[-1], "measure/reward_mean_of_10": average}, self.at.step)
+            outcome = info.get("outcome")
+            if outcome is None or outcome.source == "measured":  # what was foretold is no measurement
+                rewards.append(info["log_ratio"])
+                average = float(np.mean(rewards[-10:]))
+                self.log({"measure/reward": rewards[-1], "measure/reward_mean_of_10": average}, self.at.step)
             _append(records, info)
-            self.progress("measure", min(len(rewards), config.measure_plans), config.measure_plans)
+            self.progress("measure", min(plans, config.measure_plans), config.measure_plans)
 
         trainer = self._trainer([c.problem for c in self.measured], ppo, cache, episode)
         for chunk in range(self.at.chunk, chunks):
@@ -237,6 +245,8 @@ class _Training:
             runs = float(sum(e.measured for e in evaluators))
             self._keep(chunk + 1, {"measure/runs": runs}, dict(trainer.optimizer_state or {}), validate=False)
         trainer.close()
+        for case in self.measured:
+            case.done()
 
     def _trainer(
         self,

@@ -2,7 +2,8 @@
 
 A composer, as `planning` is for one machine. Where a plan comes from:
 
-1. The plan that the user gave, or the file of `AUTOPLACE_PLAN`.
+1. The plan that the user gave, or the file of `AUTOPLACE_PLAN`; where hosts are gone and it was made for all of them, 2
+   or 3 replace it.
 2. `train_step` gives the whole batch to every rank, so all kinds of plans can be tuned on it → `group_tuner`.
 3. A call has this rank's part alone, and the caller computes the loss: data parallel, with shares by the speed that
    each rank reaches on its own part. The first call is the measurement; shares are even until then.
@@ -29,6 +30,7 @@ from autoplace.runtime.distributed.runner import DistributedModel, part_of
 from autoplace.runtime.distributed.sampler import at_least_one
 from autoplace.runtime.distributed.session import Session
 from autoplace.runtime.stage_program import Exports
+from autoplace.slots import tell
 from autoplace.workload import default_loss
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ class Distribution:
         self.runner: DistributedModel | None = None
         self.result: GroupResult | None = None
         """What tuning found; None where the plan was given or no tuning ran."""
+        self._outdated = False
         give_out(model, session)
 
     @staticmethod
@@ -96,16 +99,20 @@ class Distribution:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call on this rank's part of a batch."""
-        runner = self.runner or self._given()
+        runner = self.runner
         if runner is None:
-            if not torch.is_grad_enabled():
-                return self.model(*args, **kwargs)
-            runner = self._install(self._by_speed(args, kwargs))
-        return runner(*args, **kwargs)
+            with self.lookout.watching(step=False):
+                runner = self._given()
+                if runner is None and torch.is_grad_enabled():
+                    runner = self._install(self._by_speed(args, kwargs))
+        return (runner or self.model)(*args, **kwargs)
 
     def train_step(self, inputs: Any, targets: Any = None) -> torch.Tensor:
         """Run forward and backward of a whole batch."""
-        runner = self.runner or self._given() or self.tune(inputs, targets)
+        runner = self.runner
+        if runner is None:
+            with self.lookout.watching(step=False):
+                runner = self._given() or self.tune(inputs, targets)
         return runner.train_step(inputs, targets)
 
     def shard(self, batch: Any) -> Any:
@@ -176,12 +183,26 @@ class Distribution:
         path = os.environ.get(PLAN_VARIABLE)
         if plan is None and path:
             plan = self.session.together(lambda: Plan.load(path))
-        if plan is None:
+        if plan is None or self._of_absent_hosts(plan):
             return None
         here = self.session.cluster.fingerprint
         if plan.cluster_fingerprint and plan.cluster_fingerprint != here:
             raise PlanFileError("the plan was made for another cluster than this one; tune again with --cluster")
         return self._install(plan)
+
+    def _of_absent_hosts(self, plan: Plan) -> bool:
+        """Return whether a plan was made for hosts that are gone, and say once that another takes its place."""
+        session = self.session
+        if not session.absent:
+            return False
+        whole, here = session.whole.fingerprint, session.cluster.fingerprint
+        needed = set(plan.devices) - set(session.members)
+        if plan.cluster_fingerprint == here or not (plan.cluster_fingerprint == whole or needed):
+            return False
+        if not self._outdated and session.rank == 0:
+            tell(f"the plan was made for hosts that are gone ({', '.join(session.absent)}); a new one replaces it")
+        self._outdated = True
+        return True
 
     def tune(self, inputs: Any, targets: Any = None, *, budget_s: float | None = None) -> DistributedModel:
         """Find the plan under which a training step is fastest on these ranks, and put it to work."""

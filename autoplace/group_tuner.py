@@ -15,8 +15,9 @@ plan of each kind (→ `neighbours`), save those that the calibrated simulator e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from autoplace.choose import MOST_FINALISTS, compare, noise_of
 from autoplace.costs.calibrate_cluster import ClusterCalibration, calibrate_cluster
 from autoplace.costs.cluster_build import profile_cluster
+from autoplace.costs.footprint import few_samples, samples_on
 from autoplace.errors import InfeasibleError
 from autoplace.graph.capture import capture
 from autoplace.graph.coarsen import coarsen
@@ -40,15 +42,18 @@ from autoplace.runtime.distributed.session import Session
 from autoplace.runtime.stage_program import Exports
 from autoplace.simulate.cluster_factors import ClusterFactors
 from autoplace.simulate.collectives import ClusterEvaluator
+from autoplace.simulate.sittings import sittings
 from autoplace.strategies.distributed import propose_distributed
 from autoplace.strategies.neighbours import neighbours
 from autoplace.workload import Workload, inputs_of, loss_of
 
-__all__ = ["GroupResult", "GroupRow", "tune_group"]
+__all__ = ["GroupResult", "GroupRow", "lots_of", "reference_of", "tune_group"]
 
 T = TypeVar("T")
 
-_SCREENED, _SCREENED_AGAIN = 6, 4
+_PROFILED = 3
+"""Passes to take medians over; real runs correct what they say."""
+_SCREENED, _SCREENED_AGAIN = 5, 3
 _ROUNDS, _FINAL_ROUNDS = 3, 11
 _MOST_RUNS = 90
 """Plans measured before the deciding run."""
@@ -132,6 +137,30 @@ def tune_group(
     )
 
 
+def reference_of(problem: Problem, session: Session) -> tuple[int, int]:
+    """Return the rank that runs plain PyTorch, and on how many samples: the fastest of those with the most room.
+
+    Args:
+        problem: As `profile_cluster` leaves it.
+        session: Its ranks.
+    """
+    totals, index = problem.latency_ms.sum(axis=0), problem.cluster.index
+    room = [(samples_on(problem, name), -totals[index[name]], -rank) for rank, name in enumerate(session.members)]
+    samples, _, rank = max(room)
+    return -rank, max(samples, session.world_size)  # every rank of a plan has one
+
+
+def lots_of(problem: Problem, session: Session) -> Callable[[Sequence[Plan]], list[list[int]]] | None:
+    """Return what divides plans for `GroupEvaluator` where some rank's memory cannot hold the whole batch; else None.
+
+    Args:
+        problem: As `profile_cluster` leaves it.
+        session: Its ranks.
+    """
+    short = any(samples_on(problem, name) < problem.batch_size for name in session.members)
+    return partial(sittings, ClusterEvaluator(problem)) if short else None
+
+
 class _Tuning:
     def __init__(
         self,
@@ -169,12 +198,12 @@ class _Tuning:
             name=type(self.model).__name__,
         )
         grouping = self.session.together(lambda: self._grouping(workload, max_groups))
-        problem, _ = profile_cluster(workload, grouping, self.session, objective=self.objective)
+        problem, _ = profile_cluster(workload, grouping, self.session, objective=self.objective, repeats=_PROFILED)
         self.seconds["profile"] = time.perf_counter() - start
         self._propose(problem, policy)
         self.seconds["propose"] = time.perf_counter() - start - sum(self.seconds.values())
         end = time.perf_counter() + budget_s
-        fits = any(r.baseline and r.plan.shape == "single" for r in self.rows.values())
+        reference_rank, samples = reference_of(problem, self.session)
         evaluator = GroupEvaluator(
             self.model,
             self.inputs,
@@ -183,10 +212,11 @@ class _Tuning:
             loss=self.loss,
             batch_norm=self.batch_norm,
             objective=self.objective,
-            check_samples=None if fits else self.session.world_size,
-            reference_rank=self._reference_rank(problem),
+            check_samples=samples,
+            reference_rank=reference_rank,
             record=record,
             exports=exports,
+            lots=lots_of(problem, self.session),
         )
         self._screen(evaluator, _SCREENED, budget_s * 0.4)
         if self._calibrate(problem, policy, again=True):
@@ -221,13 +251,8 @@ class _Tuning:
         return self.session.broadcast(end - time.perf_counter())
 
     def _grouping(self, workload: Workload, max_groups: int) -> Any:
-        captured = capture(workload)
+        captured = capture(workload, tried=few_samples(workload, self.session.cluster))
         return coarsen(captured.graph, max_groups=max_groups, called=captured.called)
-
-    def _reference_rank(self, problem: Problem) -> int:
-        totals = problem.latency_ms.sum(axis=0)
-        members = self.session.members
-        return min(range(len(members)), key=lambda rank: totals[problem.cluster.index[members[rank]]])
 
     def _propose(self, problem: Problem, policy: str | None, factors: ClusterFactors | None = None) -> list[str]:
         """Ask the strategies on rank 0; return the keys of plans that are new."""
@@ -313,7 +338,7 @@ class _Tuning:
             ]
             return sorted(found, key=lambda pair: pair[1].objective if pair[1] else 0.0)[:_MOST_NEIGHBOURS]
 
-        rows = []
+        rows: list[GroupRow] = []
         for data, predicted in self._on_rank_0(promising):
             plan = Plan.from_json(data)
             known = {r.label for r in (*self.rows.values(), *rows)}
@@ -346,7 +371,7 @@ class _Tuning:
         if not finalists:
             return base, 0.0
         plans = [base.plan, base.plan, *(r.plan for r in finalists)]
-        plain, again, *outcomes = evaluator.evaluate_interleaved(plans, _FINAL_ROUNDS, budget_s=budget_s)
+        plain, again, *outcomes = evaluator.evaluate_interleaved(plans, _FINAL_ROUNDS, budget_s=budget_s, settle=1)
         if not (plain.feasible and again.feasible):
             return able[0], 0.0
         noise = noise_of(plain, again)

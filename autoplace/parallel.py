@@ -146,7 +146,7 @@ class OptimizedParallel(torch.nn.Module):
             "batch_norm": batch_norm,
         }
         state = State(model, options, plan_slot, replan_slot)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun's
+        if "WORLD_SIZE" in os.environ:  # torchrun's
             from autoplace.distribution import Distribution
 
             state.distribution = Distribution.of(model, options)
@@ -315,8 +315,11 @@ class OptimizedParallel(torch.nn.Module):
         from autoplace.runtime.distributed.state import save_checkpoint
 
         distribution = self._state.distribution
-        runner = None if distribution is None else distribution.runner
-        save_checkpoint(self._state.model, path, optimizer, runner=runner, **extra)
+        if distribution is None:
+            save_checkpoint(self._state.model, path, optimizer, **extra)
+            return
+        with distribution.lookout.watching(step=False):
+            save_checkpoint(self._state.model, path, optimizer, runner=distribution.runner, **extra)
 
     def load_checkpoint(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
         """Read what `save_checkpoint` wrote, under whatever plan and on however many ranks; returns its `extra`.
@@ -326,7 +329,9 @@ class OptimizedParallel(torch.nn.Module):
         """
         from autoplace.runtime.distributed.state import load_checkpoint
 
-        return load_checkpoint(self._state.model, path, optimizer)
+        distribution = self._state.distribution
+        with nullcontext() if distribution is None else distribution.lookout.watching(step=False):
+            return load_checkpoint(self._state.model, path, optimizer)
 
     def _rank_shares(self) -> tuple[list[float], int]:
         """Return every rank's part of the batch, and this rank, for `WeightedDistributedSampler`."""

@@ -110,6 +110,9 @@ class Problem:
     dispatch_ms: float = 0.0
     """Added to the latency of every op, in each part of the batch, of a replica on several devices: its ops are called
     one by one in the devices' threads → `costs.calibrate`."""
+    resting_bytes: Mapping[str, float] = field(default_factory=dict)
+    """Device name to the bytes of its memory that its rank holds whatever it runs, all the model's weights among them,
+    where measured → `costs.footprint`."""
 
     def __post_init__(self) -> None:
         shape = (self.graph.num_ops, self.cluster.num_devices)
@@ -156,6 +159,8 @@ class Problem:
         digest.update(repr((watts, asdict(self.objective), asdict(self.semantics), self.batch_size)).encode())
         if (self.concurrency_scale, self.dispatch_ms) != (1.0, 0.0):
             digest.update(repr((self.concurrency_scale, self.dispatch_ms)).encode())
+        if self.resting_bytes:
+            digest.update(repr(sorted(self.resting_bytes.items())).encode())
         return digest.hexdigest()[:16]
 
     def with_(self, **changes: object) -> Problem:

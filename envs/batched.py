@@ -34,8 +34,8 @@ class PlacementVectorEnv(gym.vector.VectorEnv[NDArray[np.float32], NDArray[np.in
 
     ## Description
     B episodes of `PlacementEnv`, see there, with the same observations, masks, rewards and infos for the same seeds and
-    actions. All classes of a step are placed in one compiled call, and finished plans of one problem are simulated in
-    one call; evaluators that measure get one plan at a time, in the order of the environments.
+    actions. All classes of a step are placed in one compiled call, and finished plans of one problem are evaluated in
+    one call, in the order of the environments.
 
     ## Action Space
     `MultiDiscrete([max_devices] * B)`. `action_masks()` returns bool[B, max_devices].

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from autoplace.errors import InfeasibleError, InputError
 from autoplace.graph.opgraph import OpGraph
 from autoplace.hardware.cluster import Cluster, Device, Link
-from autoplace.outcome import Evaluator, Outcome
+from autoplace.outcome import Evaluator
 from autoplace.plan import Plan
 from autoplace.policy.features import PartialPlacement
 from autoplace.policy.partial import State, new_state
@@ -68,7 +68,7 @@ class ProblemCache:
         return entry.log_reference
 
     def judge(self, problem: Problem, assignments: NDArray[np.int32]) -> list[tuple[float, dict[str, Any]]]:
-        """Evaluate finished placements of a problem; simulated ones in one call.
+        """Evaluate finished placements of a problem in one call.
 
         Args:
             problem: What was placed.
@@ -85,9 +85,8 @@ class ProblemCache:
                 feasible = math.isfinite(objective)
                 found.append((objective, feasible, {"reason": "" if feasible else "the simulator finds it infeasible"}))
         else:
-            for assignment in assignments:
-                plan = Plan.from_assignment(problem, assignment, strategy="learned")
-                outcome: Outcome = evaluator.evaluate([plan])[0]
+            plans = [Plan.from_assignment(problem, assignment, strategy="learned") for assignment in assignments]
+            for outcome in evaluator.evaluate(plans):
                 feasible = outcome.feasible and math.isfinite(outcome.objective)
                 found.append((outcome.objective, feasible, {"reason": outcome.reason, "outcome": outcome}))
         return [self._worth(problem, *each) for each in found]

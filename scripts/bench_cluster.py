@@ -11,9 +11,10 @@ own, of which the tuning knows nothing, times in turn, a step of forward and bac
     autoplace     the kept plan
     autoplace 2   the same again: the A/A noise
 
-A ratio above 1 says how much faster autoplace is than the best of the others. Beside it stands what the simulator had
-foretold, before any run and after calibration. Between tuning and timing, plans drawn at random are foretold by the
-simulator as the tuning's runs calibrated it, and run: its median error and Kendall's tau over plans that it never saw.
+The pipeline has rounds of its own, beside autoplace. A ratio above 1 says how much faster autoplace is than the best of
+the others. Beside it stands what the simulator had foretold, before any run and after calibration. Between tuning and
+timing, plans drawn at random are foretold by the simulator as the tuning's runs calibrated it, and run: its median
+error and Kendall's tau over plans that it never saw.
 Cases are kept one by one in `build/cluster.jsonl`, so that a run that was stopped goes on.
 
     python scripts/bench_cluster.py [--beds 1:0.5@1000 ...] [--models vit ...] [--summary]
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster_models import MODELS, Scores, build
+from memory_limits import limit_of
 from results import provenance, save
 from testbed import BedHost, BedLink, TestBed
 
@@ -51,19 +53,34 @@ if TYPE_CHECKING:
     from autoplace.runtime.distributed import Session
 
 _ROWS = Path(__file__).resolve().parent.parent / "build" / "cluster.jsonl"
-BEDS = tuple(f"{speeds}@{rate}" for rate in (1000, 100) for speeds in ("1:1", "1:0.5", "1:0.33", "1:0.5:0.25"))
-"""Speeds of the hosts, and Mbit/s of their links."""
+BEDS = (
+    *(f"{speeds}@{rate}" for rate in (1000, 100) for speeds in ("1:1", "1:0.5", "1:0.33", "1:0.5:0.25")),
+    "1:0.5@1000@mem",
+)
+"""Speeds of the hosts, and Mbit/s of their links; `mem`: no host's memory holds a step of the whole batch, which is
+twice as large there."""
 _MARK = "row: "
 _PORT = 29400
+_PARTS = 8
+_TIMED = 2
+"""Steps of a contender that are timed in a round, after one that is not."""
 
 
-def bed_of(name: str) -> TestBed:
-    """Return the test bed of a name such as `1:0.5@100`; hosts of less than a core share the last one."""
-    speeds, _, rate = name.partition("@")
+def bed_of(name: str, model: str) -> TestBed:
+    """Return the test bed of a name such as `1:0.5@100` for a model; hosts of less than a core share the last one."""
+    speeds, rate, *more = name.split("@")
     shares = [float(s) for s in speeds.split(":")]
+    memory = limit_of(model, _batch(name, model)) if more else None
     cores = sorted(os.sched_getaffinity(0))
-    hosts = [BedHost(name=f"h{i}", cpu=share, cores=(cores[min(i, len(cores) - 1)],)) for i, share in enumerate(shares)]
+    hosts = [
+        BedHost(name=f"h{i}", cpu=share, cores=(cores[min(i, len(cores) - 1)],), memory_bytes=memory)
+        for i, share in enumerate(shares)
+    ]
     return TestBed(hosts=hosts, link=BedLink(bytes_per_ms=float(rate) * 125.0), name="bench")
+
+
+def _batch(bed: str, model: str) -> int:
+    return MODELS[model].batch * (2 if bed.endswith("@mem") else 1)
 
 
 # -- on the hosts ------------------------------------------------------------------------------------------------------
@@ -84,6 +101,8 @@ def worker(options: argparse.Namespace) -> None:
         row = _case(name, session, options)
         if session.rank == 0:
             print(_MARK + json.dumps(row), flush=True)
+        if "pipeline" in row["failures"]:
+            os._exit(0)  # see `_case`; the parent starts processes anew
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -93,7 +112,7 @@ def _case(name: str, session: Session, options: argparse.Namespace) -> dict[str,
     from autoplace.runtime.distributed.runner import DistributedModel
     from autoplace.runtime.stage_program import Exports
 
-    model, batch = build(name, options.seed)
+    model, batch = build(name, options.seed, _batch(options.beds[0], name))
     exports: Exports = {}
     start = time.perf_counter()
     result = tune_group(model, batch, session, budget_s=options.budget, exports=exports)
@@ -106,25 +125,26 @@ def _case(name: str, session: Session, options: argparse.Namespace) -> dict[str,
         fastest = min(alone, key=lambda r: r.measured.latency_ms if r.measured else math.inf).plan
         single = DistributedModel(model, fastest, session)
         runs["single"] = lambda: single.train_step(batch)
-    runs["ddp"] = _ddp(model, batch, session)
-    try:
-        runs["pipeline"] = _pipeline(name, options.seed, batch, session)
-    except Exception as error:
-        failures["pipeline"] = _in_short(error)
+    if any(r.baseline and r.plan.shape == "replicas" for r in result.rows):
+        runs["ddp"] = _ddp(model, batch, session)
+    else:
+        failures["ddp"] = "not run: it is not expected to fit in memory"
     ours = DistributedModel(model, result.plan, session, exports=exports)
     runs["autoplace"] = lambda: ours.train_step(batch)
     runs["autoplace 2"] = runs["autoplace"]
-    samples: dict[str, list[float]] = {key: [] for key in runs}
-    for number in range(options.rounds + 1):
-        for key, run in runs.items():
-            model.zero_grad(set_to_none=True)
-            elapsed_ms = _timed(run, session)
-            if number:
-                samples[key].append(round(elapsed_ms, 3))
+    samples = _in_turn(runs, model, session, options)
+    # Last, and beside ours alone: where it fails, gloo's thread goes on spinning and takes half of the host.
+    try:
+        if not _holds_equal_stages(result):
+            raise MemoryError("not run: it is not expected to fit in memory")
+        theirs = {"pipeline": _pipeline(name, options.seed, batch, session), "autoplace 3": runs["autoplace"]}
+        samples |= _in_turn(theirs, model, session, options)
+    except Exception as error:
+        failures["pipeline"] = _in_short(error)
     kept = next(r for r in result.rows if r.plan == result.plan)
     return {
         "model": name,
-        "batch": MODELS[name].batch,
+        "batch": _batch(options.beds[0], name),
         "plan": kept.label,
         "shape": result.plan.shape,
         "shares": [round(r.share, 4) for r in result.plan.replicas],
@@ -153,6 +173,21 @@ def _case(name: str, session: Session, options: argparse.Namespace) -> dict[str,
         "unseen": unseen,
         "commit": provenance(seed=options.seed)["commit"],
     }
+
+
+def _in_turn(
+    runs: dict[str, Callable[[], Any]], model: Any, session: Session, options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Time steps in turn, ms."""
+    samples: dict[str, list[float]] = {key: [] for key in runs}
+    for _ in range(options.rounds):
+        for key, run in runs.items():
+            for number in range(1 + _TIMED):
+                model.zero_grad(set_to_none=True)
+                elapsed_ms = _timed(run, session)
+                if number:  # as it runs again and again, and not what another contender left behind
+                    samples[key].append(round(elapsed_ms, 3))
+    return samples
 
 
 def _unseen(
@@ -214,6 +249,23 @@ def _random_plan(problem: Problem, dice: random.Random) -> Plan:
     return stages_plan(problem, row, strategy="random", microbatches=dice.choice((1, 2, 4, 8)))
 
 
+def _holds_equal_stages(result: GroupResult) -> bool:
+    """Return whether equal stages under GPipe, which holds all microbatches at once, are expected to fit in memory."""
+    import numpy as np
+
+    from autoplace.simulate.collectives import ClusterEvaluator
+    from autoplace.strategies.pipelines import stages_plan
+
+    problem = result.problem
+    assert problem is not None  # a tuning profiles
+    forward = problem.num_ops // 2
+    order = [op for op in problem.graph.topological_order.tolist() if op < forward]
+    row = np.zeros(problem.num_ops, np.int32)
+    row[order] = np.arange(forward) * problem.num_devices // forward
+    plan = stages_plan(problem, row, strategy="equal", microbatches=8)
+    return ClusterEvaluator(problem, gpipe=True).evaluate([plan])[0].feasible
+
+
 def _timed(run: Callable[[], Any], session: Session) -> float:
     import torch
     import torch.distributed as dist
@@ -252,13 +304,16 @@ def _pipeline(name: str, seed: int, batch: dict[str, Any], session: Session) -> 
     import torch
     from torch.distributed.pipelining import ScheduleGPipe, SplitPoint, pipeline
 
-    model, _ = build(name, seed)
+    model, _ = build(name, seed, 1)
     scores = Scores(name, model, batch)
     path = f"model.{MODELS[name].layers}"
     count, size = len(scores.get_submodule(path)), session.world_size
     points = {f"{path}.{count * i // size}": SplitPoint.BEGINNING for i in range(1, size)}
-    plain, _ = build(name, seed)
-    plain(**batch)["loss"].backward()
+    plain, _ = build(name, seed, 1)
+    rows = len(scores.targets) // _PARTS
+    for i in range(_PARTS):  # the whole batch may have no room
+        part = {key: value[i * rows : (i + 1) * rows] for key, value in batch.items()}
+        (plain(**part)["loss"] / _PARTS).backward()
     wanted = {f"model.{n}": p.grad for n, p in plain.named_parameters() if p.grad is not None}
     found: list[tuple[float, Callable[[], Any]]] = []
     problem = ""
@@ -271,8 +326,8 @@ def _pipeline(name: str, seed: int, batch: dict[str, Any], session: Session) -> 
                 raise ValueError(f"it made {pipe.num_stages} stages")
             return pipe
 
-        # Where one rank fails the other waits for it; in a group of its own it does so for a minute and not for ever.
-        own = torch.distributed.new_group(timeout=datetime.timedelta(seconds=60))
+        # Where one rank fails the other waits for it; in a group of its own it does so for seconds and not for ever.
+        own = torch.distributed.new_group(timeout=datetime.timedelta(seconds=20))
         stage = session.together(cut).build_stage(session.rank, torch.device("cpu"), own)
         schedule = ScheduleGPipe(stage, chunks, loss_fn=scores.loss)
 
@@ -313,9 +368,9 @@ def _in_short(error: Exception) -> str:
 
 
 def run_models(
-    bed: TestBed, names: Sequence[str], port: int, options: argparse.Namespace
+    bed: TestBed, name: str, models: Sequence[str], port: int, options: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run models on a bed that is up, all in the same processes; one that fails ends with an error and ends them."""
+    """Run models on a bed that is up, in the same processes until something fails; the rest is for the next call."""
     cluster = Path(options.folder) / "cluster.yaml"
     found = bed.cluster()
     found.save(cluster)
@@ -327,7 +382,7 @@ def run_models(
             "OMP_NUM_THREADS": "1", "AUTOPLACE_CLUSTER": str(cluster), "AUTOPLACE_HOST": device.host,
             "AUTOPLACE_TIMEOUT_S": "300",
         }  # fmt: skip
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--models", *names]
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--beds", name, "--models", *models]
         command += ["--budget", str(options.budget), "--seed", str(options.seed), "--limit-s", str(options.limit_s)]
         command += ["--rounds", str(options.rounds), "--unseen", str(options.unseen)]
         command += ["--verbose"] if options.verbose else []
@@ -337,7 +392,7 @@ def run_models(
             bed.popen(device.host, command, env={**os.environ, **own}, stdout=stdout, stderr=stderr, text=True)
         )
     try:
-        for name in names:
+        for model in models:
             alarm = threading.Timer(options.limit_s, lambda: [p.kill() for p in processes])
             alarm.start()
             try:
@@ -346,9 +401,12 @@ def run_models(
             finally:
                 alarm.cancel()
             if line is None:
-                yield name, {"model": name, "error": f"no result within {options.limit_s:g} s, or a rank failed"}
+                yield model, {"model": model, "error": f"no result within {options.limit_s:g} s, or a rank failed"}
                 return
-            yield name, json.loads(line.removeprefix(_MARK))
+            row = json.loads(line.removeprefix(_MARK))
+            yield model, row
+            if "pipeline" in row["failures"]:
+                return
     finally:
         for process in processes:
             process.kill()
@@ -362,16 +420,19 @@ def figures(row: dict[str, Any]) -> dict[str, Any]:
     samples = row["samples_ms"]
     medians = {key: statistics.median(values) for key, values in samples.items()}
     others = [key for key in ("single", "ddp", "pipeline") if key in samples]
-    best = min(others, key=lambda key: medians[key])
-    pairs = [a / b for a, b in zip(samples[best], samples["autoplace"], strict=True)]
-    return {
+    found: dict[str, Any] = {
         "medians_ms": medians,
         "samples_per_s": {key: row["batch"] / ms * 1e3 for key, ms in medians.items()},
-        "best": best,
-        "over_best": statistics.median(pairs),
-        "quartiles": [statistics.quantiles(pairs, n=4)[0], statistics.quantiles(pairs, n=4)[2]],
         "a_a": aa_noise(samples["autoplace"], samples["autoplace 2"]),
     }
+    beside = {key: samples["autoplace 3" if key == "pipeline" else "autoplace"] for key in others}
+    pairs = {key: [a / b for a, b in zip(samples[key], beside[key], strict=True)] for key in others}
+    if not others:  # nobody else can run it
+        return found | {"best": "nothing", "over_best": None, "quartiles": None}
+    best = min(others, key=lambda key: statistics.median(pairs[key]))
+    low, _, high = statistics.quantiles(pairs[best], n=4)
+    over = {key: round(statistics.median(some), 4) for key, some in pairs.items()}
+    return found | {"best": best, "over_best": statistics.median(pairs[best]), "quartiles": [low, high], "over": over}
 
 
 def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -387,20 +448,23 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
             f"{f['samples_per_s'].get(k, float('nan')):8.1f}" for k in ("single", "ddp", "pipeline", "autoplace")
         )
         before, after = (f"{row[k]:.0f}" if row[k] else "-" for k in ("predicted_ms", "calibrated_ms"))
+        low, high = f["quartiles"] or (math.nan, math.nan)
+        ratio = f["over_best"] or math.nan
         print(
-            f"{row['bed']:<17}{row['model']:<8}{speeds}             {f['over_best']:.3f} over {f['best']:<8} "
-            f"({f['quartiles'][0]:.2f}-{f['quartiles'][1]:.2f}) {f['a_a']:.1%}  {before}, {after}; "
+            f"{row['bed']:<17}{row['model']:<8}{speeds}             {ratio:.3f} over {f['best']:<8} "
+            f"({low:.2f}-{high:.2f}) {f['a_a']:.1%}  {before}, {after}; "
             f"{f['medians_ms']['autoplace']:.0f}  {row['plan']}"
         )
     for row in rows:
         if "samples_ms" not in row:
             print(f"{row['bed']:<17}{row['model']:<8}{row['error']}")
     means: dict[str, Any] = {}
+    compared = [(r, f) for r, f in found if f["over_best"] is not None]
     groups = {
-        "unequal beds": [f for r, f in found if not r["bed"].startswith("1:1@")],
-        "equal beds": [f for r, f in found if r["bed"].startswith("1:1@")],
+        "unequal beds": [f for r, f in compared if not r["bed"].startswith("1:1@")],
+        "equal beds": [f for r, f in compared if r["bed"].startswith("1:1@")],
     }
-    groups |= {bed: [f for r, f in found if r["bed"] == bed] for bed in dict.fromkeys(r["bed"] for r in good)}
+    groups |= {bed: [f for r, f in compared if r["bed"] == bed] for bed in dict.fromkeys(r["bed"] for r in good)}
     for key, some in groups.items():
         if some:
             mean = summarise([-math.log(f["over_best"]) for f in some])
@@ -449,8 +513,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", nargs="+", default=list(BEDS), help="speeds@Mbit/s, for example 1:0.5@1000")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
-    parser.add_argument("--budget", type=float, default=40.0, help="wall seconds of a tuning's real runs")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contender")
+    parser.add_argument("--budget", type=float, default=90.0, help="wall seconds of a tuning's real runs")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds over the contenders, of two timed steps each")
     parser.add_argument("--unseen", type=int, default=5, help="random plans that are foretold and run")
     parser.add_argument("--limit-s", type=float, default=400.0, help="seconds that one case may take")
     parser.add_argument("--seed", type=int, default=0)
@@ -476,17 +540,20 @@ def main() -> int:
         if missing := TestBed.missing():
             print(f"no test bed here: {missing}")
             return 1
-        with bed_of(name) as bed:
-            while left:
-                port += 1
-                for model, found in run_models(bed, left, port, options):
-                    row = {"bed": name, **found}
-                    rows = [r for r in rows if (r["bed"], r["model"]) != (name, model)] + [row]
-                    with _ROWS.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    told = figures(row) | {"factors": row["factors"]} if "samples_ms" in row else row
-                    print(name, model, row.get("plan", ""), json.dumps(told), flush=True)
-                    left = left[1:]
+        while left:
+            # Memory is given by model, and so is the bed, then.
+            together = left[:1] if name.endswith("@mem") else left
+            with bed_of(name, together[0]) as bed:
+                while together:
+                    port += 1
+                    for model, found in run_models(bed, name, together, port, options):
+                        row = {"bed": name, **found}
+                        rows = [r for r in rows if (r["bed"], r["model"]) != (name, model)] + [row]
+                        with _ROWS.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+                        told = figures(row) | {"factors": row["factors"]} if "samples_ms" in row else row
+                        print(name, model, row.get("plan", ""), json.dumps(told), flush=True)
+                        together, left = together[1:], left[1:]
     report(rows, options)
     return 0
 

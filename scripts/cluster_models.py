@@ -156,8 +156,14 @@ class Scores(nn.Module):
         return nn.functional.cross_entropy(scores.reshape(-1, scores.shape[-1]), targets.reshape(-1))
 
 
-def build(name: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model in training mode and one batch, the same for the same seed in every process."""
+def build(name: str, seed: int, batch: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model in training mode and one batch, the same for the same seed in every process.
+
+    Args:
+        name: Of the model.
+        seed: Of parameters and inputs.
+        batch: Samples; None = the model's own.
+    """
     torch.manual_seed(seed)
     model = MODELS[name].make().train()
-    return model, MODELS[name].inputs(MODELS[name].batch, torch.Generator().manual_seed(seed))
+    return model, MODELS[name].inputs(batch or MODELS[name].batch, torch.Generator().manual_seed(seed))

@@ -45,7 +45,7 @@ class World:
     def evaluations(self):
         return len(self.plans)
 
-    def evaluate_interleaved(self, plans, rounds, *, budget_s=None):
+    def evaluate_interleaved(self, plans, rounds, *, budget_s=None, settle=None):
         self.plans += plans
         return [self._outcome(plan, rounds) for plan in plans]
 

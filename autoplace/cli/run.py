@@ -12,6 +12,8 @@ from autoplace.errors import InputError
 
 __all__ = ["run"]
 
+_RESTARTS = 3
+
 
 def run(
     script: Annotated[str, typer.Argument(help="Script, or module with --module; its arguments follow.")],
@@ -21,8 +23,23 @@ def run(
     ),
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as with python -m.")] = False,
     max_restarts: Annotated[
-        int, typer.Option("--max-restarts", min=0, help="How often the processes are started again after a failure.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--max-restarts",
+            min=0,
+            help="How often the processes are started again after a failure.",
+            show_default="0, or 3 with --min-hosts",
+        ),
+    ] = None,
+    min_hosts: Annotated[
+        int | None,
+        typer.Option(
+            "--min-hosts",
+            min=1,
+            help="Hosts, the first among them, with which the run goes on when others are gone.",
+            show_default="all",
+        ),
+    ] = None,
     timeout: Annotated[
         float | None,
         typer.Option("--timeout", help="Seconds after which a process that says nothing is lost.", show_default="60"),
@@ -41,6 +58,8 @@ def run(
     if timeout is not None and not 0 < timeout < 1e6:
         raise InputError(f"--timeout is {timeout:g}; use seconds above 0")
     command = [*(["-m"] if module else []), script, *(arguments or [])]
-    code = run_script(cluster, command, max_restarts=max_restarts, timeout_s=timeout)
+    if max_restarts is None:
+        max_restarts = 0 if min_hosts is None else _RESTARTS
+    code = run_script(cluster, command, max_restarts=max_restarts, min_hosts=min_hosts, timeout_s=timeout)
     if code:
         raise typer.Exit(code)

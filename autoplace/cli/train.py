@@ -13,6 +13,8 @@ from autoplace.errors import InputError
 from autoplace.files import make_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from autoplace.agents.experience import Experience
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from autoplace.workload import Workload
     from autoplace.zoo import RunTracker
 
-__all__ = ["train"]
+__all__ = ["find_start", "run_stages", "train"]
 
 
 def train(
@@ -39,9 +41,20 @@ def train(
         bool | None, typer.Option("--training/--inference", help="Default: the mode each model is returned in.")
     ] = None,
     cluster: Annotated[
-        Path | None, typer.Option("--cluster", help="Cluster file; default: discover this machine.")
+        Path | None,
+        typer.Option(
+            "--cluster",
+            help="Cluster file; with several hosts, the stage measure runs on all of them. Default: this machine.",
+        ),
     ] = None,
-    policy: Annotated[str | None, typer.Option("--policy", help="Policy to start from: name, folder or URI.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            help="Policy to start from: name, folder, URI, or none. Default: fresh weights; over several hosts, the "
+            "policy that ships.",
+        ),
+    ] = None,
     records: Annotated[
         bool,
         typer.Option("--records", help="Learn from the best measured plans of earlier tunings too."),
@@ -71,7 +84,11 @@ def train(
     groups_measure: Annotated[int, typer.Option("--groups-measure", help="Most groups of a measured model.")] = 12,
     microbatches_measure: Annotated[
         int,
-        typer.Option("--microbatches-measure", min=1, help="Parts of the batch where a plan has several devices."),
+        typer.Option(
+            "--microbatches-measure",
+            min=1,
+            help="Parts of the batch where a plan has several devices of one host; over hosts each plan has its own.",
+        ),
     ] = 2,
     energy_weight: Annotated[
         float, typer.Option("--energy-weight", help="w of latency^(1-w) * energy^w that real runs are rewarded for.")
@@ -93,9 +110,12 @@ def train(
     from autoplace.agents.ppo import PpoConfig
     from autoplace.agents.ppo_file import load_ppo
     from autoplace.agents.train import STAGES, TrainConfig
+    from autoplace.hardware.cluster import Cluster
     from autoplace.problem import Objective, Semantics
 
     console = Console()
+    devices = Cluster.load(cluster) if cluster is not None else None
+    over_hosts = devices is not None and len(devices.hosts) > 1
     stages = tuple(stage) if stage else STAGES if model else STAGES[:2]
     if not stage and not model:
         console.print("Without --model there is nothing to run for real: the stage measure is left out.")
@@ -119,17 +139,46 @@ def train(
         held_out=held_out,
         hidden=hidden,
         ppo=PpoConfig() if ppo is None else load_ppo(ppo),
-        start=_find_policy(policy, tracking_uri),
+        start=None if over_hosts else find_start(policy, tracking_uri),
         resume=resume,
         command=_command(),
     )
     if "measure" in stages and not model:
         raise InputError("the stage measure needs a model to run; pass --model file.py:function")
+    if over_hosts and cluster is not None:
+        from autoplace.cli.train_ranks import train_over_ranks
+
+        _check_over_hosts(stages, model or [], training, records or records_dir is not None)
+        code = train_over_ranks(
+            cluster,
+            (model or [])[0],
+            config,
+            policy="default" if policy is None else policy,
+            max_groups=groups_measure,
+            energy_weight=energy_weight,
+            tracking_uri=tracking_uri,
+        )
+        if code:
+            raise typer.Exit(code)
+        return
     objective = Objective(energy_weight=energy_weight)
     semantics = Semantics(microbatches=microbatches_measure)
-    found, measured = _models(console, model or [], cluster, training, stages, objective, groups_measure, semantics)
+    found, measured = _models(console, model or [], devices, training, stages, objective, groups_measure, semantics)
     experience = _experience(console, records_dir) if records or records_dir is not None else []
-    _run(console, config, found, measured, experience, tracking_uri)
+    run_stages(console, config, found, measured, experience, tracking_uri=tracking_uri)
+
+
+def _check_over_hosts(stages: tuple[str, ...], model: list[str], training: bool | None, records: bool) -> None:
+    """Refuse what trainings over several hosts do not do."""
+    if set(stages) != {"measure"} or records:
+        raise InputError(
+            "over several hosts real runs alone train a policy: pass --stage measure without records, and --policy for "
+            "what the other stages have made"
+        )
+    if training is False:
+        raise InputError("over several hosts a training step is measured; leave --inference out")
+    if len(model) > 1:
+        raise InputError("over several hosts one model is run; pass --model once and train the next from this policy")
 
 
 def _command() -> str:
@@ -146,8 +195,9 @@ def _command() -> str:
     return shlex.join(["autoplace", *kept])
 
 
-def _find_policy(policy: str | None, tracking_uri: str | None) -> Path | None:
-    if policy is None:
+def find_start(policy: str | None, tracking_uri: str | None) -> Path | None:
+    """Return the directory of a policy to start from; None where fresh weights are wanted."""
+    if policy is None or policy == "none":
         return None
     from autoplace.zoo import find_policy
 
@@ -166,7 +216,7 @@ def _experience(console: Console, directory: Path | None) -> list[Experience]:
 def _models(
     console: Console,
     specs: list[str],
-    cluster_file: Path | None,
+    cluster: Cluster | None,
     training: bool | None,
     stages: tuple[str, ...],
     objective: Objective,
@@ -180,7 +230,7 @@ def _models(
     from autoplace.cli.factory import load_workload
     from autoplace.hardware.cluster import Cluster
 
-    cluster = Cluster.load(cluster_file) if cluster_file is not None else Cluster.discover()
+    cluster = cluster or Cluster.discover()
     problems: list[Problem] = []
     measured: list[MeasuredCase] = []
     for spec in specs:
@@ -208,14 +258,16 @@ def _case(
     return MeasuredCase(problem=problem, evaluator=evaluator)
 
 
-def _run(
+def run_stages(
     console: Console,
     config: TrainConfig,
-    problems: list[Problem],
-    measured: list[MeasuredCase],
-    experience: list[Experience],
+    problems: Sequence[Problem] = (),
+    measured: Sequence[MeasuredCase] = (),
+    experience: Sequence[Experience] = (),
+    *,
     tracking_uri: str | None,
 ) -> None:
+    """Train inside a run of the experiment `autoplace-train`, and show what came out; see `agents.train.train`."""
     from autoplace.agents.train import train as run_training
     from autoplace.progress import progress_bars
     from autoplace.zoo.tracking import track_run
@@ -235,26 +287,27 @@ def _run(
         for path in sorted(directory.iterdir()):
             tracker.log_artifact(path, "policy")
         if "measure" in config.stages:
-            console.print(_log_measured(tracker, config.output), highlight=False)
+            names = " or the ".join(dict.fromkeys(case.reference_name for case in measured))
+            console.print(_log_measured(tracker, config.output, names), highlight=False)
     _show(console, directory)
 
 
-def _log_measured(tracker: RunTracker, output: Path) -> str:
+def _log_measured(tracker: RunTracker, output: Path, reference: str) -> str:
     """Track the record, the plot and the rise of the measured rewards; return what to tell the person."""
     from autoplace.agents.plots import measured_reward_figure, read_measured_rewards
     from autoplace.agents.rise import reward_rise
 
     records = output / "measured.jsonl"
     rewards = read_measured_rewards(records)
-    figure = measured_reward_figure(rewards)
+    figure = measured_reward_figure(rewards, reference=reference)
     figure.savefig(output / "measured_reward.png", dpi=120)
     tracker.log_figure(figure, "measured_reward.png")
     tracker.log_artifact(records)
     if len(rewards) < 2:
-        return "One measured plan alone shows no rise."
+        return f"{len(rewards)} measured plans show no rise; measure more."
     rise = reward_rise(rewards)
     tracker.log_metrics(rise.metrics)
-    return f"{rise}\nThe reward is ln(J reference / J): 0 is the best non-learned plan, 0.69 half its cost."
+    return f"{rise}\nThe reward is ln(J reference / J): 0 is the {reference}, 0.69 half its cost."
 
 
 def _show(console: Console, directory: Path) -> None:

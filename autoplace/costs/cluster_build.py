@@ -8,12 +8,14 @@ The second step is there because ranks may live under a quota of CPU time: a cgr
 each 100 ms and then stops it, which a median of short passes does not see. A mean over many such periods does. All
 ranks measure at the same time, as they will train, so that devices of one host slow each other as they will then.
 
-Ranks that cannot hold the model get estimates from one that can (→ `roofline`); any other failure of one rank is
-raised on all of them. Nothing is cached: quotas and neighbours change.
+A rank whose memory has no room for a pass of the whole batch measures one of fewer samples (→ `footprint`), and what
+it found of activations counts in the problem. Ranks that have no room for one sample get estimates from one that has
+(→ `roofline`); any other failure of one rank is raised on all of them. Nothing is cached: quotas and neighbours change.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from autoplace.costs.build import CostReport, mirrored
-from autoplace.costs.measure import GroupTimes, on_device, profile_groups
+from autoplace.costs.footprint import Footprint, measure_footprint, resting_bytes, scaled_activations
+from autoplace.costs.measure import GroupTimes, on_device, profile_groups, smaller_batch
 from autoplace.costs.roofline import assumed_peaks, scaled_ms
 from autoplace.costs.timers import Timer, differences_ms
 from autoplace.errors import InputError
@@ -33,6 +36,7 @@ from autoplace.graph.coarsen import Grouping
 from autoplace.graph.preserve import preserve_model
 from autoplace.graph.program_order import in_program_order
 from autoplace.hardware.cluster import Cluster, Device
+from autoplace.measure.memory import give_back
 from autoplace.problem import Objective, Problem, Semantics
 from autoplace.runtime.worker import DeviceWorker, torch_device
 from autoplace.workload import Workload, default_loss
@@ -49,6 +53,18 @@ _MOST_PACE = 100.0
 """A pace beyond this is no quota but an accident, and so is one below its inverse."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """What memory allows a rank."""
+
+    samples: int = 0
+    """That a pass may have; 0 = none at all."""
+    resting_bytes: float | None = None
+    """See `Problem`; None where memory is not limited, or raises."""
+    footprint: Footprint | None = None
+    """Measured, where the graph's estimate does not fit."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Measured:
     """What one rank found; all that travels."""
@@ -59,6 +75,7 @@ class _Measured:
     pace: float = 1.0
     why: str = ""
     """Why there are no times."""
+    room: _Room = _Room()
 
 
 def profile_cluster(
@@ -102,10 +119,11 @@ def profile_cluster(
         what="the ranks do not measure the same",
     )
     device = session.device
-    times, why = session.together(lambda: _profiled(workload, grouping, device, repeats))
+    room = session.together(lambda: _room(workload, grouping, session))
+    times, samples, why = session.together(lambda: _profiled(workload, grouping, device, repeats, room.samples))
     # All have profiled: from here on everybody runs passes at the same time.
-    pace = session.together(lambda: _pace(workload, device, times, window_s))
-    found = session.gather(_Measured(device=device.name, times=times, pace=pace, why=why))
+    pace = session.together(lambda: _pace(workload, device, times, samples, window_s))
+    found = session.gather(_Measured(device=device.name, times=times, pace=pace, why=why, room=room))
 
     def assemble() -> tuple[Problem, CostReport] | None:
         if session.rank != 0:
@@ -143,6 +161,7 @@ def steady_ms(workload: Workload, device: Device, *, window_s: float = _WINDOW_S
         return worker.run(run)
     finally:
         worker.close()
+        give_back()
 
 
 def _window_ms(workload: Workload, timer: Timer, window_s: float) -> float:
@@ -167,18 +186,50 @@ def _pass(workload: Workload) -> None:
         (workload.loss or default_loss)(output).backward()
 
 
-def _profiled(workload: Workload, grouping: Grouping, device: Device, repeats: int) -> tuple[GroupTimes | None, str]:
-    """Return the groups' times, or in words why the device cannot hold the model."""
-    try:
-        return profile_groups(workload, grouping, device, repeats=repeats), ""
-    except torch.OutOfMemoryError as error:
-        return None, str(error).strip().splitlines()[0]
+def _room(workload: Workload, grouping: Grouping, session: Session) -> _Room:
+    """Return how many samples this rank may run, by the graph, else by passes that are sure to fit."""
+    device, batch = session.device, workload.batch_size
+    if device.kind != "cpu" or math.isinf(device.memory_bytes):
+        return _Room(samples=batch)
+    neighbours = sum(other.host == device.host and other.kind == "cpu" for other in session.cluster.devices)
+    resting = resting_bytes(device, ranks=neighbours, planner=session.rank == 0)
+    left = device.memory_bytes - resting
+    guess = Footprint.of_graph(grouping.graph, batch, training=workload.training)
+    if guess.samples_in(left, batch) == batch:
+        return _Room(samples=batch, resting_bytes=resting)
+    found = measure_footprint(workload, device, left, guess)
+    return _Room(
+        samples=found.samples_in(left, batch),
+        resting_bytes=resting,
+        footprint=found if found.measured else None,
+    )
 
 
-def _pace(workload: Workload, device: Device, times: GroupTimes | None, window_s: float) -> float:
+def _profiled(
+    workload: Workload, grouping: Grouping, device: Device, repeats: int, samples: int
+) -> tuple[GroupTimes | None, int, str]:
+    """Return the groups' times and the samples of a pass, or in words why the device cannot hold the model."""
+    why = f"{device.memory_bytes:.3g} bytes have no room for a pass of one sample"
+    while samples:
+        try:
+            return profile_groups(workload, grouping, device, repeats=repeats, samples=samples), samples, ""
+        except torch.OutOfMemoryError as error:
+            why = str(error).strip().splitlines()[0]
+            samples //= 2
+        finally:
+            give_back()
+    return None, 0, why
+
+
+def _pace(workload: Workload, device: Device, times: GroupTimes | None, samples: int, window_s: float) -> float:
     if times is None or window_s <= 0.0 or times.total_ms <= 0.0:
         return 1.0
-    pace = steady_ms(workload, device, window_s=window_s) / times.total_ms
+    share = samples / workload.batch_size
+    fixed_ms = float(times.forward_overhead_ms.sum())
+    if times.backward_overhead_ms is not None:
+        fixed_ms += float(times.backward_overhead_ms.sum())
+    part_ms = fixed_ms + share * (times.total_ms - fixed_ms)
+    pace = steady_ms(smaller_batch(workload, samples), device, window_s=window_s) / part_ms
     return pace if 1.0 / _MOST_PACE < pace < _MOST_PACE else 1.0
 
 
@@ -198,6 +249,10 @@ def _assembled(
     if not able:
         raise InputError(f"the model fits on none of the devices ({found[0].why}); use a smaller batch to measure with")
     forward = in_program_order(grouping.graph)
+    footprints = [measured.room.footprint for measured in found if measured.room.footprint is not None]
+    if footprints:
+        sample_bytes = max(footprint.sample_bytes for footprint in footprints)
+        forward = scaled_activations(forward, workload.batch_size, sample_bytes)
     graph = with_backward(forward) if workload.training else forward
     latency, overhead, labels, notes, total = [], [], [], [], {}
     for device in cluster.devices:
@@ -229,6 +284,7 @@ def _assembled(
         semantics=semantics or Semantics(),
         name=name or workload.name,
         batch_size=workload.batch_size,
+        resting_bytes={m.device: m.room.resting_bytes for m in found if m.room.resting_bytes is not None},
     )
     report = CostReport(
         labels=np.repeat(np.asarray(labels)[None, :], grouping.graph.num_ops, axis=0),

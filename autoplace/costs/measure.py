@@ -7,6 +7,8 @@ whole model's loss and backward take beyond their sum is the glue's, shared out 
 the sum is the whole.
 Overhead: the same at half the batch. With t(share) = overhead + share * (t - overhead), the part that a smaller batch
 does not save is 2 t(1/2) - t, held between 0 and t(1/2).
+Where a device has no room for the whole batch, a part of it and the half of that part are measured, and the same line
+gives the whole batch's times.
 
 It leaves the model as it was (→ `preserve_model`). It does not know how devices slow each other down.
 """
@@ -62,7 +64,13 @@ class GroupTimes:
 
 
 def profile_groups(
-    workload: Workload, grouping: Grouping, device: Device, *, threads: int | None = None, repeats: int = 5
+    workload: Workload,
+    grouping: Grouping,
+    device: Device,
+    *,
+    threads: int | None = None,
+    repeats: int = 5,
+    samples: int | None = None,
 ) -> GroupTimes:
     """Measure every group's latency on a device of this machine.
 
@@ -72,6 +80,7 @@ def profile_groups(
         device: Where to run.
         threads: Intra-op threads of a CPU device; None = one per core.
         repeats: Passes to take medians over.
+        samples: Of the batch, that a pass may have; the times are the whole batch's even so. None = all.
 
     Raises:
         ExecutionError: If the device is not on this machine.
@@ -79,7 +88,7 @@ def profile_groups(
     """
     worker = DeviceWorker(device, threads)
     try:
-        return worker.run(lambda: _profile(workload, grouping, torch_device(device), repeats))
+        return worker.run(lambda: _profile(workload, grouping, torch_device(device), repeats, samples))
     finally:
         worker.close()
 
@@ -125,9 +134,14 @@ def smaller_batch(workload: Workload, size: int) -> Workload:
     return replace(workload, args=args, kwargs=kwargs)
 
 
-def _profile(workload: Workload, grouping: Grouping, device: torch.device, repeats: int) -> GroupTimes:
+def _profile(
+    workload: Workload, grouping: Grouping, device: torch.device, repeats: int, samples: int | None
+) -> GroupTimes:
     local = on_device(workload, device)
-    notes: list[str] = []
+    batch, notes = local.batch_size, list[str]()
+    if samples is not None and samples < batch:
+        local = smaller_batch(local, samples)
+        notes.append(f"times of {batch} samples follow from passes of {samples}, which is what memory has room for")
     with preserve_model(local.model), local.mode():
         forward, backward = _measure(local, grouping, device, repeats, notes)
         overheads: list[NDArray[np.float64]] = [np.zeros_like(forward), np.zeros_like(forward)]
@@ -139,6 +153,8 @@ def _profile(workload: Workload, grouping: Grouping, device: torch.device, repea
                 overheads = [_overhead(full, half, size / local.batch_size) for full, half in pairs]
             except Exception as error:
                 notes.append(f"half the batch does not run ({type(error).__name__}); overheads are taken as 0")
+    share = local.batch_size / batch
+    forward, backward = (o + (t - o) / share for t, o in zip((forward, backward), overheads, strict=True))
     training = workload.training
     return GroupTimes(
         forward_ms=forward,

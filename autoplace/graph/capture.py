@@ -47,11 +47,13 @@ class Capture:
     """Whether the exported graph holds for other batch sizes, too."""
 
 
-def capture(workload: Workload) -> Capture:
+def capture(workload: Workload, *, tried: Workload | None = None) -> Capture:
     """Capture the forward pass of a workload's model in the workload's mode.
 
     Args:
         workload: Model, inputs and mode.
+        tried: What is run where export, which runs nothing, fails: the same with fewer samples, where memory may have
+            no room for all. The graph's figures are carried over to the whole batch. None = the workload.
 
     Returns:
         The graph, the rung that gave it and why no higher one did.
@@ -60,23 +62,42 @@ def capture(workload: Workload) -> Capture:
         InputError: If the model itself raises on these inputs.
     """
     with modules_to_trace(workload.model) as model:
-        return _climb(replace(workload, model=model))
+        return _climb(replace(workload, model=model), replace(tried or workload, model=model))
 
 
-def _climb(workload: Workload) -> Capture:
+def _climb(workload: Workload, tried: Workload) -> Capture:
     kwargs, reasons = capture_kwargs(workload), []
     try:
         graph, called, dynamic = _guarded(workload, kwargs, lambda: capture_by_export(workload, kwargs))
         return Capture(graph=graph, rung="export", called=frozenset(called), dynamic_batch=dynamic)
     except Exception as error:
         reasons.append(f"torch.export: {_first_line(error)}")
+    kwargs = capture_kwargs(tried)
     try:
-        graph, called = _guarded(workload, kwargs, lambda: capture_by_dispatch(workload, kwargs))
+        graph, called = _guarded(tried, kwargs, lambda: capture_by_dispatch(tried, kwargs))
+        graph = _enlarged(graph, workload.batch_size / tried.batch_size)
         return Capture(graph=graph, rung="dispatch", called=frozenset(called), reason="; ".join(reasons))
     except Exception as error:
-        _check_runs(workload)
+        _check_runs(tried)
         reasons.append(f"recording a run: {_first_line(error)}")
     return Capture(graph=_one_op(workload), rung="module", reason="; ".join(reasons))
+
+
+def _enlarged(graph: OpGraph, times: float) -> OpGraph:
+    """Return the graph of a batch so many times as large: all but the weights grows with it."""
+    if times == 1.0:
+        return graph
+
+    def grown(values: Any) -> Any:
+        return (values * times).astype(values.dtype)
+
+    return replace(
+        graph,
+        flops=grown(graph.flops),
+        bytes_moved=grown(graph.bytes_moved),
+        activation_bytes=grown(graph.activation_bytes),
+        tensor_bytes=grown(graph.tensor_bytes),
+    )
 
 
 def _guarded(workload: Workload, kwargs: Mapping[str, Any], run: Callable[[], Any]) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from autoplace.hardware._sysfs import read_words
 
-__all__ = ["cpu_quota_cores", "memory_limit_bytes"]
+__all__ = ["cpu_quota_cores", "memory_held_bytes", "memory_limit_bytes"]
 
 
 def memory_limit_bytes(*, sys_root: str | Path = "/sys", proc_root: str | Path = "/proc") -> float:
@@ -33,6 +33,29 @@ def memory_limit_bytes(*, sys_root: str | Path = "/sys", proc_root: str | Path =
             if value.isdigit():
                 limits.append(float(value))
     return min(limits)
+
+
+def memory_held_bytes(*, sys_root: str | Path = "/sys", proc_root: str | Path = "/proc") -> float:
+    """Return what the group with the least limit holds, all its processes together, less what the kernel can take back.
+
+    That is the files that it has read; those which are mapped, as libraries are, count as such.
+
+    Returns:
+        Bytes; 0 where no group's limit is less than the host's memory.
+    """
+    least, held = _mem_total_bytes(Path(proc_root)), 0.0
+    for directory in _group_directories(Path(sys_root), Path(proc_root), ("memory",)):
+        for limit, usage, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            value, used = read_words(directory / limit), read_words(directory / usage)
+            if value.isdigit() and used.isdigit() and float(value) < least:
+                words = read_words(directory / "memory.stat").split()
+                facts = dict(zip(words[::2], words[1::2], strict=False))
+                files = sum(int(facts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                least, held = float(value), float(max(0, int(used) - files))
+    return held
 
 
 def cpu_quota_cores(*, sys_root: str | Path = "/sys", proc_root: str | Path = "/proc") -> float:

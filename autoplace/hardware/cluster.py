@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -141,6 +142,17 @@ class Cluster:
     def on(self, host: str) -> tuple[Device, ...]:
         """Return the devices of one host, in order: its first process runs the first of them, and so on."""
         return tuple(d for d in self.devices if d.host == host)
+
+    def part(self, names: Collection[str]) -> Cluster:
+        """Return the named devices, in this cluster's order, with the links between them and their hosts."""
+        devices = tuple(d for d in self.devices if d.name in names)
+        used = {d.host for d in devices}
+        return Cluster(
+            devices=devices,
+            links={pair: link for pair, link in self.links.items() if set(pair) <= set(names)},
+            default_link=self.default_link,
+            hosts=tuple(host for host in self.hosts if host.name in used),
+        )
 
     @property
     def num_devices(self) -> int:

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from autoplace.hardware._sysfs import read_words
 from autoplace.hardware.cgroups import memory_limit_bytes
 
-__all__ = ["PeakMemory", "SavedBytes", "host_free_bytes"]
+__all__ = ["PeakMemory", "SavedBytes", "give_back", "host_free_bytes", "process_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -24,6 +25,19 @@ def host_free_bytes() -> float:
     """Return the bytes that this process may still take: what the host has, within the control group's limit."""
     own = psutil.Process().memory_info().rss
     return float(max(0.0, min(psutil.virtual_memory().available, memory_limit_bytes() - own)))
+
+
+def process_bytes() -> float:
+    """Return the bytes that this process alone holds: memory that no file stands behind; 0 where it can't be read."""
+    return _status_bytes("RssAnon") + _status_bytes("RssShmem")
+
+
+def give_back() -> None:
+    """Give back what the allocator holds and nobody uses, in the arenas of all threads, where the C library can."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -57,7 +71,7 @@ class PeakMemory:
     def begin(self, *, trim: bool = False) -> None:
         """Start a stretch; `trim` gives back what the allocator holds, so that growth is seen."""
         if trim:
-            _trim()
+            give_back()
         try:
             _CLEAR.write_text("5")  # sets the high-water mark to the present size; see proc(5)
         except OSError:
@@ -78,14 +92,7 @@ class PeakMemory:
 
 
 def _status_bytes(key: str) -> float:
-    for line in _STATUS.read_text().splitlines():
+    for line in read_words(_STATUS).splitlines():
         if line.startswith(key + ":"):
             return float(line.split()[1]) * 1024
     return 0.0
-
-
-def _trim() -> None:
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return

@@ -149,6 +149,11 @@ class PolicyNetwork(nn.Module):
         embeddings, pooled = self.embed(features)
         return self.scores(embeddings, pooled), self.value(pooled)
 
+    def soften(self, temperature: float) -> None:
+        """Divide all scores by a temperature: greedy placements stay, samples differ more from each other."""
+        with torch.no_grad():
+            self.score2.weight /= temperature
+
     def actor_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the scores depend on."""
         return [p for name, p in self.named_parameters() if not name.startswith("value")]

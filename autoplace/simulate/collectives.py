@@ -14,14 +14,14 @@ over both ends of a tie between stages.
     latency  =  max T_r + exposed                                                          → `ClusterEvaluator`
 
 Replicas on one device each run under DistributedDataParallel: the gradients of an op become ready evenly while its
-backward runs, ops in reverse order, and go off in buckets of 25 MiB. All other plans reduce after their ranks' last
-backward, set of holders by set, so that a last stage, done early, may reduce while the first ones still work.
+backward runs, ops in reverse order, and go off in buckets (→ `bucket_bytes_of`). All other plans reduce after their
+ranks' last backward, set of holders by set, so that a last stage, done early, may reduce while the first ones still
+work.
 
 Departures from `SimulatedEvaluator`: no barrier joins the replicas' losses, receives wait to be asked for, a tensor
 that jumps stages is handed along, and ops that share a parameter may be on several ranks.
 
-It does not know the first bucket of DDP, which is smaller, replicas that share a network card, the optimizer's step,
-nor the all-reduce of the loss itself.
+It does not know replicas that share a network card, the optimizer's step, nor the all-reduce of the loss itself.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoplace.errors import InputError, PlanFileError
+from autoplace.hardware.buckets import BUCKET_BYTES, bucket_bytes_of
 from autoplace.outcome import Outcome, Span
 from autoplace.plan import Plan
 from autoplace.problem import Problem
 from autoplace.simulate.cluster_factors import ClusterFactors
-from autoplace.simulate.holdings import activation_bytes, held_by, holder_sets, holders
-from autoplace.simulate.reductions import BUCKET_BYTES, Reduction, allreduce_ms, buckets_of, finish_ms
+from autoplace.simulate.holdings import activation_bytes, border_buffers, held_by, holder_sets, holders
+from autoplace.simulate.reductions import Reduction, allreduce_ms, buckets_of, finish_ms
 from autoplace.simulate.stage_line import StageLine, forward_ops, stage_line
 from autoplace.simulate.stage_schedule import Played, StageTimes, play, schedule_of
 
@@ -51,7 +52,7 @@ def sync_ms(
     problem: Problem,
     *,
     factors: ClusterFactors | None = None,
-    bucket_bytes: float = BUCKET_BYTES,
+    bucket_bytes: float | None = None,
     overlap: bool | None = None,
 ) -> float:
     """Return the synchronisation of gradients that a plan cannot hide, ms; 0 for inference.
@@ -60,7 +61,7 @@ def sync_ms(
         plan: With a placement.
         problem: What it places.
         factors: Corrections; None = the neutral ones.
-        bucket_bytes: Of a bucket.
+        bucket_bytes: See `ClusterEvaluator`.
         overlap: Whether buckets go off during the backward; None = where the runtime does so, in data parallelism.
 
     Raises:
@@ -97,7 +98,7 @@ class ClusterEvaluator:
         factors: Corrections; None = → `ClusterFactors.assumed`.
         gpipe: Whether pipelines run GPipe where 1F1B could run as well.
         optimizer_bytes_per_weight_byte: State that the optimizer keeps on every rank, for example 2 for Adam.
-        bucket_bytes: Of a bucket of gradients.
+        bucket_bytes: Of a bucket of gradients under data parallelism; None = as the runtime has it.
 
     Raises:
         InputError: If the objective weighs energy and a device states no watts.
@@ -110,7 +111,7 @@ class ClusterEvaluator:
         factors: ClusterFactors | None = None,
         gpipe: bool = False,
         optimizer_bytes_per_weight_byte: float = 0.0,
-        bucket_bytes: float = BUCKET_BYTES,
+        bucket_bytes: float | None = None,
     ) -> None:
         self.problem, self.gpipe, self.bucket_bytes = problem, gpipe, bucket_bytes
         self.optimizer = optimizer_bytes_per_weight_byte
@@ -278,11 +279,13 @@ class ClusterEvaluator:
     def _after(self, devices: tuple[int, ...], size: float, ends: dict[int, float]) -> list[Reduction]:
         """Return the reductions of one set of holders that begin when its last rank is done."""
         ready = max(ends.get(device, 0.0) for device in devices)
-        return [Reduction(ready, self._took_ms(part, devices), devices) for part in buckets_of(size, self.bucket_bytes)]
+        parts = buckets_of(size, self.bucket_bytes or BUCKET_BYTES)
+        return [Reduction(ready, self._took_ms(part, devices), devices) for part in parts]
 
     def _during(self, jobs: Sequence[Job], devices: tuple[int, ...], size: float) -> list[Reduction]:
         """Return the reductions of one set of holders that begin as the backward fills their buckets."""
-        parts = buckets_of(size, self.bucket_bytes)
+        bucket = self.bucket_bytes or bucket_bytes_of(size, devices, self.problem.cluster)
+        parts = buckets_of(size, bucket)
         filled = np.cumsum(parts)
         ready = np.zeros(len(parts))
         for job in jobs:
@@ -369,17 +372,42 @@ class ClusterEvaluator:
             taken |= own
         return ""
 
+    def memory_bytes(self, plan: Plan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return what every device holds while a plan's step runs, and what it keeps between steps, float64[D] each.
+
+        The model and what else a rank holds at rest is in the first alone.
+
+        Raises:
+            PlanFileError: If the plan does not fit the problem.
+        """
+        jobs = self.jobs(plan)
+        return self._memory_bytes(jobs), self._kept_bytes(jobs)
+
     def _memory_bytes(self, jobs: Sequence[Job]) -> NDArray[np.float64]:
-        """Return what every device holds, float64[D]."""
         held = held_by(self.problem, [job.assignment for job in jobs])
-        copies = 2.0 + self.optimizer if self._training else 1.0
-        total = copies * (self.problem.graph.weight_bytes[: self._count].astype(np.float64) @ held)
+        own = self.problem.graph.weight_bytes[: self._count].astype(np.float64) @ held
+        resting = np.asarray([self.problem.resting_bytes.get(name, np.nan) for name in self._names])
+        total = np.where(np.isnan(resting), own, resting) + self._kept_bytes(jobs)
+        if self._training:
+            total += (1.0 + self.optimizer) * own
         for job in jobs:
             fraction = job.share / job.microbatches
             found = activation_bytes(self.problem, job.line, fraction, job.microbatches, job.schedule)
             for device, size in found.items():
                 total[device] += size
         return total
+
+    def _kept_bytes(self, jobs: Sequence[Job]) -> NDArray[np.float64]:
+        """Return the buckets and buffers of every device, float64[D]."""
+        kept = np.zeros(len(self._names))
+        if self._training:
+            for devices, size in self._holder_sets(jobs).items():
+                if len(devices) > 1:
+                    kept[list(devices)] += size
+        for job in jobs:
+            for device, size in border_buffers(job.line, job.share, training=self._training).items():
+                kept[device] += size
+        return kept
 
     def _energy_j(self, time_ms: float, busy_ms: dict[str, float]) -> float | None:
         total = 0.0

@@ -10,10 +10,7 @@ from typing import NamedTuple
 
 from autoplace.hardware.cluster import Cluster
 
-__all__ = ["BUCKET_BYTES", "Reduction", "allreduce_ms", "buckets_of", "finish_ms"]
-
-BUCKET_BYTES = 25 << 20
-"""Of DistributedDataParallel's buckets."""
+__all__ = ["Reduction", "allreduce_ms", "buckets_of", "finish_ms"]
 
 
 class Reduction(NamedTuple):

@@ -60,8 +60,8 @@ def rank_problem(
     """Return the problem as a strategy for one host should see it, so that its placements suit ranks.
 
     Weights count with the optimizer's state, activations with as many microbatches as 1F1B holds, and ops that share a
-    parameter may part: only a forward op and its backward stay together. Where ranks hold all weights at rest, what they
-    hold then is taken off their memory, and weights count no more.
+    parameter may part: only a forward op and its backward stay together. Where ranks hold all weights at rest, what
+    they hold then is taken off their memory, and weights count no more.
 
     Args:
         problem: What is placed.
@@ -80,7 +80,7 @@ def rank_problem(
         if training:
             colocate[:count] = np.arange(count)
             colocate[count + 1 :] = np.arange(count)[::-1]
-    held = share if gpipe or not training else share * min(1.0, problem.num_devices / microbatches)
+    held = share if gpipe or not training else share * min(1.0, (problem.num_devices + 1) / microbatches)
     planned: OpGraph = replace(
         graph,
         weight_bytes=np.ceil(weights).astype(np.int64),

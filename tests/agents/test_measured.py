@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,40 @@ def test_one_device_runs_whole_batches_and_several_run_parts(lanes):
     alone = Plan.from_assignment(problem, np.zeros(8, int), strategy="x")
     evaluator.evaluate([alone, Plan.from_assignment(problem, np.arange(8) % 2, strategy="x")])
     assert {plan.shape: plan.microbatches for plan in machine.plans} == {"single": 1, "stages": 2}
+
+
+def test_plans_of_one_call_are_measured_beside_one_run_of_the_given_reference(lanes):
+    problem, fast = lanes
+    machine = Remembering(problem)
+    slow = Plan.from_assignment(problem, 1 - fast, strategy="given")
+    evaluator = ReferencedEvaluator(MeasuredCase(problem=problem, evaluator=machine, references=[slow]))
+    assert evaluator.reference_plan == slow and machine.calls == 1
+    plans = [Plan.from_assignment(problem, row, strategy="x") for row in (fast, fast, 1 - fast)]
+    ratios = [o.objective / evaluator.reference for o in evaluator.evaluate(plans)]
+    assert machine.calls == 2 and evaluator.measured == 1 + 2 and len(machine.plans) == 1 + 3
+    np.testing.assert_allclose(ratios, [1 / 3, 1 / 3, 1.0])
+
+
+def test_what_is_foretold_to_be_hopeless_is_not_run(lanes, tiny):
+    problem, fast = lanes
+    machine, simulator = Remembering(problem), SimulatedEvaluator(problem)
+
+    def forecast(plan):
+        return simulator.evaluate([plan])[0]
+
+    best = Plan.from_assignment(problem, fast, strategy="given")
+    case = MeasuredCase(problem=problem, evaluator=machine, references=[best], forecast=forecast, together=2)
+    evaluator = ReferencedEvaluator(case)
+    good, bad = evaluator.evaluate([best, Plan.from_assignment(problem, 1 - fast, strategy="x")])
+    assert good.source == "measured" and bad.source == "simulated"
+    assert bad.objective == pytest.approx(3 * evaluator.reference) and evaluator.measured == 1
+    ended = []
+    config = tiny(stages=("measure",), measure_plans=20, hidden=32)
+    train(config, measured=[replace(case, done=lambda: ended.append(len(machine.plans)))])
+    lines = [json.loads(line) for line in (config.output / "measured.jsonl").read_text().splitlines()]
+    run = [line["reward"] for line in lines if line["outcome"]["source"] == "measured"]
+    assert len(lines) == 20 and 0 <= len(run) < 20 and ended == [len(machine.plans)]
+    assert read_measured_rewards(config.output / "measured.jsonl") == run
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):

@@ -30,12 +30,24 @@ def test_options_before_the_script_are_ours(started):
     assert (
         invoke("--cluster", "c.yaml", "--max-restarts", "2", "--timeout", "9", "train.py", "--lr", "1").exit_code == 0
     )
-    assert started[1:] == [("c.yaml", ["train.py", "--lr", "1"], {"max_restarts": 2, "timeout_s": 9.0})]
+    assert started[1:] == [
+        ("c.yaml", ["train.py", "--lr", "1"], {"max_restarts": 2, "min_hosts": None, "timeout_s": 9.0})
+    ]
+
+
+def test_fewer_hosts_may_be_enough(started):
+    invoke("--min-hosts", "2", "train.py")
+    invoke("--min-hosts", "2", "--max-restarts", "9", "train.py")
+    told = [options for _, _, options in started[1:]]
+    assert told == [{"max_restarts": n, "min_hosts": 2, "timeout_s": None} for n in (3, 9)]
+    assert invoke("--min-hosts", "0", "train.py").exit_code == 2
 
 
 def test_a_module(started):
     assert invoke("-m", "package.train").exit_code == 0
-    assert started[1:] == [("cluster.yaml", ["-m", "package.train"], {"max_restarts": 0, "timeout_s": None})]
+    assert started[1:] == [
+        ("cluster.yaml", ["-m", "package.train"], {"max_restarts": 0, "min_hosts": None, "timeout_s": None})
+    ]
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from autoplace.hardware.cluster import Cluster, Device, Host, Link
+from autoplace.hardware.cluster import Cluster
 from autoplace.plan import Plan
 
 FACTORY = """\
@@ -21,16 +20,6 @@ def build():
     return torch.nn.Sequential(*layers), torch.randn(16, 64)
 """
 PROGRAM = "from autoplace.cli import main; main()"
-
-
-@pytest.fixture
-def cluster_file(tmp_path):
-    core = min(os.sched_getaffinity(0))
-    devices = tuple(Device(name=f"{host}/cpu:0", kind="cpu", cores=(core,)) for host in ("a", "b"))
-    link = Link(latency_ms=0.1, bytes_per_ms=1e6)
-    path = tmp_path / "cluster.yaml"
-    Cluster(devices=devices, default_link=link, hosts=(Host(name="a"), Host(name="b"))).save(path)
-    return path
 
 
 def _tune(cluster, folder, *options):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from autoplace.costs import cluster_build
 from autoplace.costs.cluster_build import profile_cluster, steady_ms
+from autoplace.costs.footprint import Footprint
 from autoplace.errors import ExecutionError, InputError
 from autoplace.hardware.cluster import Cluster, Device, Link
 from autoplace.problem import Objective
@@ -141,6 +143,72 @@ def test_a_model_that_fits_nowhere_is_an_error(sleepers, one_cpu, monkeypatch):
     monkeypatch.setattr(cluster_build, "profile_groups", full)
     with pytest.raises(InputError, match=r"fits on none of the devices \(no room\)"):
         profile_cluster(workload, grouping, Alone(one_cpu))
+
+
+def limited(one_cpu, room_bytes, monkeypatch):
+    """One device, whose process leaves that much of it to plans."""
+    device = replace(one_cpu.devices[0], memory_bytes=1000.0 + room_bytes)
+    monkeypatch.setattr(cluster_build, "resting_bytes", lambda *_, **__: 1000.0)
+    return Cluster(devices=(device,))
+
+
+def heavy(sleepers, **options):
+    """Four samples; by the graph, 100 bytes each and 8 of weights."""
+    workload, grouping = sleepers({"sample_ms": 5}, {"sample_ms": 5}, training=True, **options)
+    graph = replace(grouping.graph, activation_bytes=np.asarray([200, 200]))
+    return workload, replace(grouping, graph=graph)
+
+
+def never(*_):
+    raise AssertionError("nothing was to be tried")
+
+
+def test_where_the_graph_s_estimate_fits_the_whole_batch_runs(sleepers, one_cpu, monkeypatch):
+    workload, grouping = heavy(sleepers)
+    monkeypatch.setattr(cluster_build, "measure_footprint", never)
+    cluster = limited(one_cpu, 408.0, monkeypatch)
+    problem, report = profile_cluster(workload, grouping, Alone(cluster), repeats=1, window_s=0.02)
+    assert problem.resting_bytes == {"host0/cpu:0": 1000.0} and not report.notes
+    assert problem.graph.activation_bytes.sum() == 400
+    assert problem.cluster is cluster
+
+
+def test_where_memory_is_short_fewer_samples_run_and_stand_for_the_batch(sleepers, one_cpu, monkeypatch):
+    workload, grouping = heavy(sleepers)
+    sizes = []
+    handle = workload.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    measured = Footprint(fixed_bytes=8.0, sample_bytes=50.0, measured=True)
+    monkeypatch.setattr(cluster_build, "measure_footprint", lambda *_: measured)
+    session = Alone(limited(one_cpu, 150.0, monkeypatch))
+    problem, report = profile_cluster(workload, grouping, session, repeats=1, window_s=0.02)
+    handle.remove()
+    assert max(sizes) == 2
+    assert problem.graph.activation_bytes.sum() == 200  # as measured
+    assert problem.latency_ms.sum() == pytest.approx(40.0, rel=0.5)
+    assert any("times of 4 samples follow from passes of 2" in note for note in report.notes)
+
+
+def test_where_no_sample_fits_nothing_is_tried(sleepers, one_cpu, monkeypatch):
+    workload, grouping = heavy(sleepers)
+    monkeypatch.setattr(workload.model, "forward", never)
+    with pytest.raises(InputError, match=r"fits on none of the devices \(1\.11e\+03 bytes have no room for a pass"):
+        profile_cluster(workload, grouping, Alone(limited(one_cpu, 107.0, monkeypatch)), repeats=1)
+
+
+def test_an_error_for_memory_halves_the_samples(sleepers, one_cpu, monkeypatch):
+    """As a GPU's."""
+    workload, grouping = heavy(sleepers)
+    real, tried = cluster_build.profile_groups, []
+
+    def small(*args, samples, **options):
+        tried.append(samples)
+        if samples > 1:
+            raise torch.OutOfMemoryError("no room")
+        return real(*args, samples=samples, **options)
+
+    monkeypatch.setattr(cluster_build, "profile_groups", small)
+    problem, _ = profile_cluster(workload, grouping, Alone(one_cpu), repeats=1, window_s=0.02)
+    assert tried == [4, 2, 1] and problem.latency_ms.sum() == pytest.approx(40.0, rel=0.7)
 
 
 def test_other_failures_are_raised(sleepers, one_cpu):

@@ -27,6 +27,21 @@ def test_overhead_is_what_a_smaller_batch_does_not_save(sleepers, one_cpu):
     assert (times.forward_overhead_ms <= times.forward_ms).all()
 
 
+def test_a_part_of_the_batch_stands_for_the_whole_of_it(sleepers, one_cpu):
+    """Twelve milliseconds and three a sample: of four samples, 12 and 12."""
+    workload, grouping = sleepers({"fixed_ms": 12}, {"sample_ms": 3})
+    sizes = []
+    handle = workload.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    times = profile_groups(workload, grouping, one_cpu.devices[0], repeats=3, samples=2)
+    handle.remove()
+    assert set(sizes) == {1, 2}
+    assert times.total_ms == pytest.approx(24, rel=0.4)
+    assert times.forward_ms[0] / times.forward_ms[1] == pytest.approx(1.0, rel=0.5)
+    assert times.forward_overhead_ms[0] > 0.6 * times.forward_ms[0]
+    assert times.forward_overhead_ms[1] < 0.4 * times.forward_ms[1]
+    assert any("times of 4 samples follow from passes of 2" in note for note in times.notes)
+
+
 def test_backward_is_measured_per_group(sleepers, one_cpu):
     workload, grouping = sleepers({"fixed_ms": 2, "backward_ms": 12}, {"backward_ms": 4}, training=True)
     times = profile_groups(workload, grouping, one_cpu.devices[0], repeats=3)

@@ -111,7 +111,7 @@ class Stopwatch:
         return [Outcome(source="measured", latency_ms=1.0 + n, objective=1.0 + n) for n in on_first]
 
 
-def test_measured_evaluators_get_one_plan_at_a_time(problem_maker):
+def test_measured_evaluators_get_the_plans_of_a_step_in_one_call(problem_maker):
     problem, watches = problem_maker(ops=6), []
 
     def make(p):
@@ -121,7 +121,7 @@ def test_measured_evaluators_get_one_plan_at_a_time(problem_maker):
     batch = PlacementVectorEnv(problem, ENVS, max_devices=DEVICES, evaluator_factory=make, reference=lambda p: 3.0)
     alone = Alone(problem, cache=ProblemCache(Stopwatch, lambda p: 3.0))
     seen = compare(batch, alone, 12)
-    assert len(seen) == 2 * ENVS and watches[0].asked == [1] * 2 * ENVS
+    assert len(seen) == 2 * ENVS and watches[0].asked == [ENVS] * 2
     assert {info["outcome"].source for info in seen} == {"measured"}
 
 

@@ -76,6 +76,21 @@ def test_control_flow_falls_to_dispatch(models):
     assert captured.graph.weight_bytes.sum() == held_bytes(model)
 
 
+def test_a_run_of_few_samples_stands_for_the_batch(models, monkeypatch):
+    sizes = []
+
+    def noted(workload, kwargs):
+        sizes.append(workload.batch_size)
+        return capture_by_dispatch(workload, kwargs)
+
+    monkeypatch.setattr("autoplace.graph.capture.capture_by_dispatch", noted)
+    few, whole = (Workload(model=models["branching"](), args=(torch.ones(size, 4),)) for size in (2, 8))
+    carried, measured = capture(whole, tried=few).graph, capture(whole).graph
+    assert sizes == [2, 8]
+    assert carried.activation_bytes[-1] == measured.activation_bytes[-1] == 8 * 4 * 4
+    assert carried.flops[-1] == measured.flops[-1] and carried.weight_bytes.sum() == measured.weight_bytes.sum()
+
+
 def test_module_is_the_last_rung(models, monkeypatch):
     def refuse(*_):
         raise RuntimeError("no recording today\nand a long story")

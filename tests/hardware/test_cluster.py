@@ -47,3 +47,15 @@ def test_devices_of_a_host_come_in_order():
 
 def test_host_and_index():
     assert (B.host, Cluster(devices=(A, B)).index[B.name]) == ("host1", 1)
+
+
+def test_a_part_keeps_order_links_and_hosts():
+    devices = tuple(Device(name=name, kind="cpu") for name in ("b/cpu:0", "a/cpu:0", "c/cpu:0"))
+    link = Link(latency_ms=1, bytes_per_ms=2)
+    links = {("a/cpu:0", "b/cpu:0"): link, ("a/cpu:0", "c/cpu:0"): link}
+    hosts = tuple(Host(name=name) for name in "abc")
+    whole = Cluster(devices=devices, links=links, default_link=link, hosts=hosts)
+    part = whole.part(["a/cpu:0", "b/cpu:0"])
+    assert [d.name for d in part.devices] == ["b/cpu:0", "a/cpu:0"] and [h.name for h in part.hosts] == ["a", "b"]
+    assert list(part.links) == [("a/cpu:0", "b/cpu:0")] and part.default_link == link
+    assert whole.part(["a/cpu:0", "b/cpu:0", "c/cpu:0"]) == whole

@@ -106,8 +106,15 @@ def test_one_bucket_is_ready_at_the_end():
     problem = build()
     plan = replicas(problem, [0.5, 0.5])
     assert holders(plan, problem) == {("h0/cpu:0", "h1/cpu:0"): 400.0}
-    assert sync_ms(plan, problem) == 42.0
-    assert latency(problem, plan) == 7.5 + 42.0
+    assert sync_ms(plan, problem, bucket_bytes=400) == 42.0
+
+
+def test_buckets_are_small_where_links_are_slow():
+    # 20 ms of 10 bytes a ms, which is more than an eighth of 400: two buckets.
+    problem = build()
+    plan = replicas(problem, [0.5, 0.5])
+    assert sync_ms(plan, problem) == sync_ms(plan, problem, bucket_bytes=200) == pytest.approx(41.0)
+    assert latency(problem, plan) == pytest.approx(7.5 + 41.0)
 
 
 def test_buckets_go_off_during_the_backward():
@@ -118,7 +125,7 @@ def test_buckets_go_off_during_the_backward():
     assert sync_ms(plan, problem, bucket_bytes=200, factors=ClusterFactors(overlap_share=0.5)) == pytest.approx(42.5)
     assert sync_ms(plan, problem, bucket_bytes=200, factors=ClusterFactors(overlap_share=0.0)) == pytest.approx(44.0)
     assert sync_ms(plan, problem, bucket_bytes=200, overlap=False) == pytest.approx(44.0)
-    assert sync_ms(plan, problem, factors=ClusterFactors(sync_scale=0.5)) == 21.0
+    assert sync_ms(plan, problem, factors=ClusterFactors(sync_scale=0.5)) == pytest.approx(4.5 + 11 + 11 - 7.5)
 
 
 def test_a_fast_link_hides_all_but_the_last_bucket():
@@ -229,24 +236,35 @@ def test_memory_counts_gradients_optimizer_and_microbatches_in_flight():
     (data,) = ClusterEvaluator(problem, factors=NEUTRAL, optimizer_bytes_per_weight_byte=2.0).evaluate(
         [replicas(problem, [0.5, 0.5])]
     )
-    assert data.peak_memory_bytes == {"h0/cpu:0": 400 * 4 + 12.0, "h1/cpu:0": 400 * 4 + 12.0}
+    assert data.peak_memory_bytes == {"h0/cpu:0": 400 * 5 + 12.0, "h1/cpu:0": 400 * 5 + 12.0}  # and buckets
     evaluator = ClusterEvaluator(problem, factors=NEUTRAL)
-    (piped,) = evaluator.evaluate([stages(problem, 4)])  # 1F1B: two and one of four
-    assert piped.peak_memory_bytes == {"h0/cpu:0": 200 + 8.0, "h1/cpu:0": 600 + 2.0}
+    (piped,) = evaluator.evaluate([stages(problem, 4)])  # 1F1B: three and two of four; and buffers at the border
+    assert piped.peak_memory_bytes == {"h0/cpu:0": 200 + 12.0 + 80, "h1/cpu:0": 600 + 4.0 + 80}
     (piped,) = ClusterEvaluator(problem, factors=NEUTRAL, gpipe=True).evaluate([stages(problem, 4)])
-    assert piped.peak_memory_bytes == {"h0/cpu:0": 200 + 16.0, "h1/cpu:0": 600 + 8.0}
+    assert piped.peak_memory_bytes == {"h0/cpu:0": 200 + 16.0 + 80, "h1/cpu:0": 600 + 8.0 + 80}
     inference = build(training=False)
     plan = Plan.from_assignment(inference, [0, 1], strategy="test")
     (bare,) = ClusterEvaluator(inference, factors=NEUTRAL, optimizer_bytes_per_weight_byte=2.0).evaluate([plan])
-    assert bare.peak_memory_bytes == {"h0/cpu:0": 116.0, "h1/cpu:0": 308.0}
+    assert bare.peak_memory_bytes == {"h0/cpu:0": 116.0, "h1/cpu:0": 308.0 + 80}
 
 
 def test_too_little_memory_is_a_reason():
     problem = build(memory=700.0)
     whole, split = ClusterEvaluator(problem, factors=NEUTRAL).evaluate([replicas(problem, [0.5, 0.5]), stages(problem)])
-    assert not whole.feasible and "'h0/cpu:0' would hold 812 bytes" in whole.reason
+    assert not whole.feasible and "'h0/cpu:0' would hold 1212 bytes" in whole.reason
     assert split.feasible
-    assert ClusterEvaluator(problem, factors=NEUTRAL).predict_ms(replicas(problem, [0.5, 0.5])) == 49.5
+    assert ClusterEvaluator(problem, factors=NEUTRAL).predict_ms(replicas(problem, [0.5, 0.5])) == 48.5
+
+
+def test_what_a_rank_holds_at_rest_is_in_place_of_its_weights():
+    problem = build(memory=2000.0).with_(resting_bytes={"h0/cpu:0": 900.0, "h1/cpu:0": 1000.0})
+    whole, split = ClusterEvaluator(problem, factors=NEUTRAL).evaluate([replicas(problem, [0.5, 0.5]), stages(problem)])
+    assert split.peak_memory_bytes == {"h0/cpu:0": 900 + 100 + 16.0 + 80, "h1/cpu:0": 1000 + 300 + 8.0 + 80}
+    assert whole.peak_memory_bytes == {"h0/cpu:0": 900 + 800 + 12.0, "h1/cpu:0": 1000 + 800 + 12.0}
+    assert problem.fingerprint != build(memory=2000.0).fingerprint
+    tight = problem.with_(resting_bytes={"h0/cpu:0": 1300.0, "h1/cpu:0": 1300.0})
+    whole, split = ClusterEvaluator(tight, factors=NEUTRAL).evaluate([replicas(tight, [0.5, 0.5]), stages(tight)])
+    assert not whole.feasible and split.feasible
 
 
 def test_what_ranks_cannot_run_has_a_reason():
@@ -281,7 +299,7 @@ def test_energy_throughput_and_timeline():
         "h0/cpu:0", "h1/cpu:0", "h1/cpu:0", "h0/cpu:0", "h0/cpu:0 -> h1/cpu:0", "h1/cpu:0 -> h0/cpu:0",
     ]  # fmt: skip
     (data,) = ClusterEvaluator(problem, factors=NEUTRAL).evaluate([replicas(problem, [0.5, 0.5])], timeline=True)
-    assert (data.timeline[-1].label, data.timeline[-1].end_ms) == ("all-reduce", 49.5)
+    assert (data.timeline[-1].label, data.timeline[-1].end_ms) == ("all-reduce", 48.5)
     with pytest.raises(InputError):
         ClusterEvaluator(build(objective=Objective(energy_weight=0.5)))
 

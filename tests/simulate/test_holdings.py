@@ -11,7 +11,7 @@ from autoplace.graph.backward import with_backward
 from autoplace.hardware import Cluster, Device, Link
 from autoplace.plan import Plan, Replica
 from autoplace.problem import Problem
-from autoplace.simulate.holdings import activation_bytes, held_by, holders
+from autoplace.simulate.holdings import activation_bytes, border_buffers, held_by, holders
 from autoplace.simulate.stage_line import stage_line
 
 
@@ -88,7 +88,14 @@ def test_activations_in_training_follow_the_schedule():
     problem = build()
     line = stage_line(problem.graph, np.asarray([0, 0, 1, 1, 1, 1, 1, 0, 0]))
     assert activation_bytes(problem, line, 0.25, 4, "gpipe") == {0: 30.0, 1: 70.0}
-    assert activation_bytes(problem, line, 0.25, 4, "1f1b") == {0: 15.0, 1: 17.5}
+    assert activation_bytes(problem, line, 0.25, 4, "1f1b") == {0: 22.5, 1: 35.0}
+
+
+def test_buffers_at_the_borders_are_kept_for_all_microbatches():
+    problem = build(devices=3)
+    line = stage_line(problem.graph, np.asarray([0, 0, 1, 2, 2, 2, 1, 0, 0]))
+    assert border_buffers(line, 0.5, training=True) == {0: 4.0, 1: 8.0, 2: 4.0}
+    assert border_buffers(line, 1.0, training=False) == {1: 8.0, 2: 8.0}
 
 
 def test_activations_in_inference_are_freed():

@@ -144,7 +144,7 @@ def test_every_kind_has_its_best_in_front():
 
 
 def test_hybrids_have_unequal_shares():
-    found = propose_distributed(build([1.0, 1.0, 1.0], memory=[1.8e6, 1.0e6, 1.0e6]))
+    found = propose_distributed(build([1.0, 1.0, 1.0], memory=[2.6e6, 1.4e6, 1.4e6]))
     best = next(c for c in found if c.plan.shape == "hybrid")
     assert [len(r.devices) for r in best.plan.replicas] == [1, 2]
     assert best.plan.replicas[0].share < best.plan.replicas[1].share

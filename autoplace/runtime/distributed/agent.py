@@ -7,7 +7,9 @@
 2. `--nproc-per-node devices` is one process per GPU, or one where there is none.
 3. It ends when the launcher does: that holds this process's standard input open, and writes a line to it at the start.
    Where a prefix passes no input on (`ssh -n`), no line comes and nothing is watched. The ranks have an empty input.
-4. It exits with the code of the rank that failed first (128 + number for a signal), and prints no banner: what a rank
+4. Ranks that are stopped for a restart and do not end are killed after `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` seconds, as at
+   the end; torchrun alone gives them half a minute there. [torch 2.13]
+5. It exits with the code of the rank that failed first (128 + number for a signal), and prints no banner: what a rank
    had to say, it has said. → `reports`
 """
 
@@ -30,8 +32,11 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
@@ -39,6 +44,7 @@ import autoplace
 from autoplace.errors import AutoplaceError, ClusterFileError, ExecutionError
 
 from .member import CLUSTER_VARIABLE, host_name
+from .rendezvous import register
 from .reports import report
 
 __all__ = [
@@ -63,6 +69,7 @@ PER_DEVICE = "devices"
 """As many processes as the host has GPUs, at least one."""
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _STOPPED = 128
+_NO_OTHERS = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,6 +139,8 @@ def _torchrun(words: list[str]) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed."):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    register()
+    LocalElasticAgent._stop_workers = _stop_ranks  # type: ignore[method-assign]
     try:
         torchrun(parse_args(words))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
@@ -142,7 +151,14 @@ def _torchrun(words: list[str]) -> int:
         return failure.exitcode if failure.exitcode >= 0 else _STOPPED - failure.exitcode
     except SignalException as stop:
         return _STOPPED + int(stop.sigval)
-    except dist.DistError as error:
+    except RendezvousClosedError:
+        return _NO_OTHERS  # another host has said why
+    except RendezvousTimeoutError:
+        raise ExecutionError(
+            f"too few hosts came together again at host {host_name()!r}; start again when they are up, or allow fewer "
+            "by --min-hosts"
+        ) from None
+    except (dist.DistError, RendezvousError) as error:
         address, port = _meeting_point(words)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExecutionError(
@@ -150,6 +166,11 @@ def _torchrun(words: list[str]) -> int:
             "up and that nothing blocks their ports"
         ) from None
     return 0
+
+
+def _stop_ranks(agent: LocalElasticAgent, group: WorkerGroup) -> None:
+    """End this host's ranks, in place of torch's method of an agent."""
+    agent._shutdown(timeout=agent._shutdown_timeout)
 
 
 def _take_input() -> int:

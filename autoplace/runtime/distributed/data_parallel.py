@@ -49,6 +49,7 @@ class WeightedDataParallel:
         session: The group of all ranks.
         group: The process group of the ranks that take part, this one among them.
         buffers: Whether rank 0's buffers (batch statistics) are given to all before each forward.
+        bucket_bytes: Of a bucket of gradients; None = DDP's default.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class WeightedDataParallel:
         group: dist.ProcessGroup | None,
         *,
         buffers: bool = False,
+        bucket_bytes: float | None = None,
     ) -> None:
+        self._bucket_mb = None if bucket_bytes is None else bucket_bytes / (1 << 20)
         self._group, self._device, self._buffers = group, session.torch_device, buffers
         self._calls = 0
         self.module = self._wrapped(model, unused=True)
@@ -73,6 +76,7 @@ class WeightedDataParallel:
             model,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             process_group=self._group,
+            bucket_cap_mb=self._bucket_mb,
             find_unused_parameters=unused,
             init_sync=self._calls == 0,
             **buffers,

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from autoplace.hardware.buckets import BUCKET_BYTES
+
 from .session import Session
 
 __all__ = ["SharedGradients"]
-
-_BUCKET_BYTES = 25 << 20
-"""As torch.nn.parallel.DistributedDataParallel has it."""
 
 
 class SharedGradients:
@@ -60,7 +59,7 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Par
     buckets: list[list[torch.nn.Parameter]] = []
     size = 0
     for parameter in parameters:
-        full = size + parameter.nbytes > _BUCKET_BYTES
+        full = size + parameter.nbytes > BUCKET_BYTES
         if not buckets or full or parameter.dtype != buckets[-1][0].dtype:
             buckets.append([])
             size = 0

@@ -4,13 +4,16 @@ Each host gets one command, an `agent`, behind the words that the file gives for
 `ssh user@node1`, or whatever else runs a command elsewhere. Settings travel as words of `env`, since ssh passes no
 environment on. When one host ends with an error, the others are told to end, and killed after some seconds.
 
-Ranks meet at the first host's address, at a port that was free there a moment ago.
+Ranks meet at the first host's address, at a port that was free there a moment ago. Where they may be started again,
+hosts meet anew for every attempt (→ `rendezvous`), and where fewer of them are enough, one that is lost is not waited
+for; the first has to stay, since it is where they meet.
 
 Knows nothing of models and plans. Rendezvous and restarts are torchrun's.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -24,13 +27,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from autoplace.errors import ClusterFileError
+from autoplace.errors import ClusterFileError, InputError
 from autoplace.hardware._fields import read
 from autoplace.hardware.cluster import Cluster, Host
 from autoplace.hardware.hosts_file import HostProcesses, processes_of
 
 from .agent import CLUSTER_TEXT_VARIABLE, DIRECTORY_VARIABLE, PEER_VARIABLE, PER_DEVICE, pack
-from .member import CLUSTER_VARIABLE, HOST_VARIABLE
+from .member import CLUSTER_VARIABLE, HOST_VARIABLE, MIN_HOSTS_VARIABLE
+from .rendezvous import BACKEND
 from .reports import REPORTS_VARIABLE, parse
 from .session import TIMEOUT_VARIABLE
 
@@ -45,6 +49,10 @@ _END_S = 5.0
 _RANKS_END_S = 3
 """Shorter than `_END_S`: torchrun kills its ranks before it is killed itself."""
 _RENDEZVOUS_S = 180
+_LAST_CALL_S = 15
+"""Once enough hosts are there, the others have as long to come, too."""
+_ALIVE = "keep_alive_interval=3,keep_alive_max_attempt=4"
+"""A host is gone 12 s after its last sign of life; their clocks may differ by less than that."""
 _FREE_PORT = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
 _LOOPBACK = "127.0.0.1"
 _MAX_PACKED = 100_000  # Linux takes 128 KiB a word
@@ -56,7 +64,12 @@ _LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
 def run_script(
-    path: str | Path, command: Sequence[str], *, max_restarts: int = 0, timeout_s: float | None = None
+    path: str | Path,
+    command: Sequence[str],
+    *,
+    max_restarts: int = 0,
+    min_hosts: int | None = None,
+    timeout_s: float | None = None,
 ) -> int:
     """Run a script on all devices of a cluster file, one process each, and return the exit code → `launch`.
 
@@ -64,17 +77,28 @@ def run_script(
         path: The cluster file.
         command: `script.py` or `-m module`, then what it gets.
         max_restarts: How often torchrun may start the ranks again after a failure.
+        min_hosts: How many hosts, the first among them, are enough to go on; None = all.
         timeout_s: Seconds after which a rank that says nothing counts as lost; None = a minute.
 
     Raises:
         ClusterFileError: If the file describes no cluster or not how to start processes, or a host cannot be reached.
+        InputError: If there are fewer hosts than are to be enough.
     """
     cluster = Cluster.load(path)
     try:
         hosts = processes_of(cluster)
     except ClusterFileError as cause:
         raise ClusterFileError(f"{path}: {cause}") from None
-    return launch(hosts, command, cluster=Path(path).resolve(), max_restarts=max_restarts, timeout_s=timeout_s)
+    if min_hosts is not None and not 1 <= min_hosts <= len(hosts):
+        raise InputError(f"--min-hosts is {min_hosts} and {path} names {len(hosts)} hosts; use 1 to {len(hosts)}")
+    return launch(
+        hosts,
+        command,
+        cluster=Path(path).resolve(),
+        max_restarts=max_restarts,
+        min_hosts=min_hosts,
+        timeout_s=timeout_s,
+    )
 
 
 def launch(
@@ -83,6 +107,7 @@ def launch(
     *,
     cluster: Path | None = None,
     max_restarts: int = 0,
+    min_hosts: int | None = None,
     timeout_s: float | None = None,
     heard: Heard | None = None,
 ) -> int:
@@ -93,6 +118,7 @@ def launch(
         command: `script.py` or `-m module`, then what it gets.
         cluster: Absolute path of the cluster file that the ranks shall have.
         max_restarts: How often torchrun may start the ranks again after a failure.
+        min_hosts: How many hosts, the first among them, are enough to go on; None = all.
         timeout_s: Seconds after which a rank that says nothing counts as lost; None = a minute.
         heard: Called with what ranks report beside their output.
 
@@ -103,17 +129,18 @@ def launch(
     Raises:
         ClusterFileError: If a host cannot be reached, or the cluster file cannot be handed over.
     """
-    settings = _settings(hosts, cluster, timeout_s)
+    settings = _settings(hosts, cluster, timeout_s, min_hosts)
+    least = min_hosts or len(hosts)
     port = _reach([one.host for one in hosts])
     address = addresses([one.host for one in hosts])[0]
     children: list[_Child] = []
     listener = _Listener(heard)
     try:
         for rank, one in enumerate(hosts):
-            words = _torchrun_words(one, rank, len(hosts), address, port, max_restarts)
+            words = _torchrun_words(one, rank, (least, len(hosts)), address, port, max_restarts)
             children.append(_Child(one.host, listener))
             children[-1].start([*words, *command], settings[rank])
-        failed = _first_failure(children)
+        failed = _first_failure(children, listener, least)
     except KeyboardInterrupt:
         _end(children, signal.SIGINT)
         return 128 + signal.SIGINT
@@ -131,7 +158,9 @@ def addresses(hosts: Sequence[Host]) -> list[str]:
 # -- what is started ---------------------------------------------------------------------------------------------------
 
 
-def _settings(hosts: Sequence[HostProcesses], cluster: Path | None, timeout_s: float | None) -> list[dict[str, str]]:
+def _settings(
+    hosts: Sequence[HostProcesses], cluster: Path | None, timeout_s: float | None, min_hosts: int | None
+) -> list[dict[str, str]]:
     """Return the environment variables of every host."""
     known = addresses([one.host for one in hosts])
     packed = ""
@@ -155,6 +184,7 @@ def _settings(hosts: Sequence[HostProcesses], cluster: Path | None, timeout_s: f
         if timeout_s is not None:
             values[TIMEOUT_VARIABLE] = f"{timeout_s:g}"
         # Set to nothing where there is none: this environment may hold another's.
+        values[MIN_HOSTS_VARIABLE] = str(min_hosts or "")
         values[CLUSTER_VARIABLE] = str(cluster) if cluster is not None and host.is_local else ""
         if packed and not host.is_local:
             values[CLUSTER_TEXT_VARIABLE] = packed
@@ -163,10 +193,11 @@ def _settings(hosts: Sequence[HostProcesses], cluster: Path | None, timeout_s: f
 
 
 def _torchrun_words(
-    one: HostProcesses, rank: int, num_hosts: int, address: str, port: int, max_restarts: int
+    one: HostProcesses, rank: int, num_hosts: tuple[int, int], address: str, port: int, max_restarts: int
 ) -> list[str]:
+    least, most = num_hosts
     options = {
-        "--nnodes": num_hosts,
+        "--nnodes": most if least == most else f"{least}:{most}",
         "--node-rank": rank,
         "--nproc-per-node": one.processes or PER_DEVICE,
         "--master-addr": address,
@@ -174,6 +205,15 @@ def _torchrun_words(
         "--max-restarts": max_restarts,
         "--rdzv-conf": f"timeout={_RENDEZVOUS_S}",
     }
+    if most > 1 and (max_restarts or least < most):
+        options |= {
+            "--rdzv-backend": BACKEND,
+            "--rdzv-endpoint": f"{address}:{port}",
+            # torch orders hosts by this text, and of the first one alone it is an address, too. [torch 2.13]
+            "--local-addr": f"~{rank:05}" if rank else address,
+            "--rdzv-conf": f"is_host={int(rank == 0)},join_timeout={_RENDEZVOUS_S},"
+            f"last_call_timeout={_LAST_CALL_S},{_ALIVE}",
+        }
     words = [word for pair in options.items() for word in map(str, pair)]
     return ["-m", f"{_PACKAGE}.agent", *words, "-m", f"{_PACKAGE}.main"]
 
@@ -257,6 +297,8 @@ class _Listener:
     def __init__(self, heard: Heard | None) -> None:
         self._heard, self._lock = heard, threading.Lock()
         self.started: set[str] = set()
+        self.failed: set[str] = set()
+        """Hosts whose ranks failed once too often; one that is gone does not say so."""
         self.sentence = ""
         """Of the first error of ours."""
         self.failure: dict[str, Any] = {}
@@ -277,6 +319,7 @@ class _Listener:
         elif kind == "error":
             self.sentence = self.sentence or str(told["sentence"])
         elif kind == "failed":
+            self.failed.add(host.name)
             self.failure = self.failure or {**told, "host": host.name}
         elif self._heard is not None:
             self._heard(told)
@@ -314,8 +357,8 @@ class _Child:
 
     def _read(self, stream: TextIO, error: bool) -> None:
         for line in stream:
-            if error and line.strip():
-                self.last = line.strip()
+            if error and (shown := parse(line)[0].strip()):
+                self.last = shown
             self._listener.take(self.host, line, error=error)
 
     def signal(self, number: int) -> None:
@@ -352,15 +395,23 @@ class _Child:
             reader.join(timeout=1.0)
 
 
-def _first_failure(children: Sequence[_Child]) -> _Child | None:
-    """Wait for all to succeed, or for the first that does not."""
+def _first_failure(children: Sequence[_Child], listener: _Listener, least: int) -> _Child | None:
+    """Wait for all to succeed, or for the first that does not; hosts may go while the first and enough are left."""
+    left, end = list(children), math.inf
     while True:
-        codes = [child.code() for child in children]
-        for child, code in zip(children, codes, strict=True):
-            if code:
-                child.finish()
+        for child in [c for c in left if c.code()]:
+            child.finish()
+            left.remove(child)
+            name = child.host.name
+            needed = child is children[0] or len(left) < least
+            if needed or name in listener.failed or name not in listener.started:
                 return child
-        if all(code == 0 for code in codes):
+            _print(f"autoplace: host {child.host.name!r} is gone ({_last(child)}); the others go on", sys.stderr)
+        if all(child.code() == 0 for child in left):
+            return None
+        if least < len(children) and children[0].code() == 0:
+            end = min(end, time.monotonic() + _END_S)
+        if time.monotonic() > end:  # what still runs is cut off
             return None
         time.sleep(0.05)
 
@@ -395,14 +446,21 @@ def _conclude(failed: _Child | None, listener: _Listener) -> int:
     if failed.host.name not in listener.started:
         python = failed.host.python or sys.executable
         _print(
-            f"autoplace: host {failed.host.name!r} did not start ({failed.last or f'code {code}'}); "
+            f"autoplace: host {failed.host.name!r} did not start ({_last(failed)}); "
             f"check that {python} there has autoplace",
             sys.stderr,
         )
         return 2
     if failure := listener.failure:
         _print(f"autoplace: rank {failure['rank']} on host {failure['host']!r} {_how(failure['code'])}", sys.stderr)
+    else:
+        _print(f"autoplace: host {failed.host.name!r} is gone ({_last(failed)}); start again when it is up", sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def _last(child: _Child) -> str:
+    """Return the last words of a host, or its exit code."""
+    return child.last[:200] or f"code {child.code()}"
 
 
 def _how(code: int) -> str:

@@ -20,12 +20,23 @@ from autoplace.hardware.gpus import cuda_devices
 from autoplace.hardware.nvml import open_nvml
 from autoplace.hardware.power import cpu_watts
 
-__all__ = ["CLUSTER_VARIABLE", "HOST_VARIABLE", "assigned", "gpu_index", "host_name", "own_device", "take_cores"]
+__all__ = [
+    "CLUSTER_VARIABLE",
+    "HOST_VARIABLE",
+    "MIN_HOSTS_VARIABLE",
+    "assigned",
+    "gpu_index",
+    "host_name",
+    "own_device",
+    "take_cores",
+]
 
 CLUSTER_VARIABLE = "AUTOPLACE_CLUSTER"
 """Environment variable with the path of the cluster file."""
 HOST_VARIABLE = "AUTOPLACE_HOST"
 """Environment variable with the name that the cluster file gives this host."""
+MIN_HOSTS_VARIABLE = "AUTOPLACE_MIN_HOSTS"
+"""Environment variable with the number of the cluster file's hosts without which nothing runs; unset = all of them."""
 
 
 def host_name(cluster: Cluster | None = None) -> str:

@@ -26,6 +26,8 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from autoplace.errors import AutoplaceError, ExecutionError, in_one_line
+from autoplace.measure.memory import give_back
+from autoplace.measure.pool import plan_key
 from autoplace.measure.preserve import clear_gradients, no_dropout, preserved
 from autoplace.measure.protocol import summary
 from autoplace.outcome import Outcome
@@ -65,12 +67,16 @@ class GroupEvaluator:
         batch_norm: See `DistributedModel`.
         objective: What `Outcome.objective` is computed by; None = latency.
         repeats: Counted steps of each plan.
-        warmup: Steps before them.
-        check: Whether a plan's first step is compared with plain PyTorch's.
+        warmup: Steps before them; the check of a plan on the whole batch takes their place.
+        settle: Untimed steps right before each counted one: a plan's first step after another's is slower, wherever its
+            ranks had nothing to do meanwhile.
+        check: Whether the first step that a plan ever runs here is compared with plain PyTorch's.
         check_samples: Samples to compare plans on; None = the whole batch.
         reference_rank: The rank that runs plain PyTorch.
         record: Called on rank 0 with each plan and its Outcome.
         exports: See `DistributedModel`; None = the evaluator's own.
+        lots: Where memory is short, divides plans that cannot wait beside each other, by position; the same on every
+            rank. None = all wait together.
     """
 
     def __init__(
@@ -85,11 +91,13 @@ class GroupEvaluator:
         objective: Objective | None = None,
         repeats: int = 5,
         warmup: int = 1,
+        settle: int = 0,
         check: bool = True,
         check_samples: int | None = None,
         reference_rank: int = 0,
         record: Callable[[Plan, Outcome], None] | None = None,
         exports: Exports | None = None,
+        lots: Callable[[Sequence[Plan]], list[list[int]]] | None = None,
     ) -> None:
         self.model, self.session = model, session
         self.evaluations = 0
@@ -97,13 +105,18 @@ class GroupEvaluator:
         self._inputs, self._targets, self._loss, self._batch_norm = inputs, targets, loss, batch_norm
         self._objective = objective or Objective()
         self._repeats, self._warmup, self._check = repeats, warmup, check
+        self._settle = settle
         self._reference_rank, self._record = reference_rank, record
         self._reference: _Reference | None = None
         self._exports: Exports = {} if exports is None else exports
+        self._right: set[str] = set()
+        """Plans whose first step was plain PyTorch's."""
         self._serving = False
+        self._lots = lots
         self._batch = batch_size(pytree.tree_leaves(inputs))
         some = check_samples or self._batch
         self._some = part_of((inputs, targets), (some, self._batch - some), 0)
+        self._some_is_all = some == self._batch
 
     # -- plans in, Outcomes out ------------------------------------------------------------------------------------
 
@@ -112,7 +125,7 @@ class GroupEvaluator:
         return self.evaluate_interleaved(plans, self._repeats)
 
     def evaluate_interleaved(
-        self, plans: Sequence[Plan], rounds: int, *, budget_s: float | None = None
+        self, plans: Sequence[Plan], rounds: int, *, budget_s: float | None = None, settle: int | None = None
     ) -> list[Outcome]:
         """Measure plans against each other, round by round.
 
@@ -120,12 +133,19 @@ class GroupEvaluator:
             plans: Any; the same one may be there twice.
             rounds: Counted steps of each.
             budget_s: Seconds after which no further round begins once there are three.
+            settle: See the class; None = the evaluator's.
         """
+        settle = self._settle if settle is None else settle
         if self._serving:
-            self.session.broadcast(([plan.to_json() for plan in plans], rounds, budget_s))
+            self.session.broadcast(([plan.to_json() for plan in plans], rounds, budget_s, settle))
         self.evaluations += len(plans)
+        lots = [list(range(len(plans)))] if self._lots is None else self._lots(plans)
+        found: dict[int, Outcome] = {}
         with preserved(self.model):
-            outcomes = self._measured(plans, rounds, budget_s)
+            for lot in lots:
+                own_s = None if budget_s is None else budget_s / len(lots)
+                found.update(zip(lot, self._measured([plans[i] for i in lot], rounds, own_s, settle), strict=True))
+        outcomes = [found[i] for i in range(len(plans))]
         if self._record is not None and self.session.rank == 0:
             for plan, outcome in zip(plans, outcomes, strict=True):
                 self._record(plan, outcome)
@@ -148,26 +168,36 @@ class GroupEvaluator:
             order: Any = self.session.broadcast(None)
             if order is None:
                 return
-            plans, rounds, budget_s = order
-            self.evaluate_interleaved([Plan.from_json(p) for p in plans], rounds, budget_s=budget_s)
+            plans, rounds, budget_s, settle = order
+            self.evaluate_interleaved([Plan.from_json(p) for p in plans], rounds, budget_s=budget_s, settle=settle)
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def _measured(self, plans: Sequence[Plan], rounds: int, budget_s: float | None) -> list[Outcome]:
+    def _measured(self, plans: Sequence[Plan], rounds: int, budget_s: float | None, settle: int) -> list[Outcome]:
         end = None if budget_s is None else time.perf_counter() + budget_s
         built: list[DistributedModel | None] = []
         reasons: list[str] = []
         samples: list[list[float]] = [[] for _ in plans]
+        # Where memory is short, every plan finds a heap without what others left, which its first step makes anew.
+        settle = settle if self._lots is None else max(1, settle)
+        warm: list[bool] = []
         try:
             for plan in plans:
+                known = plan_key(plan) in self._right
                 runner, reason = self._built(plan)
                 built.append(runner)
                 reasons.append(reason)
+                warm.append(self._check and self._some_is_all and not known)
             for number in range(self._warmup + rounds):
                 for i, runner in enumerate(built):
-                    if runner is None or reasons[i]:
+                    if runner is None or reasons[i] or (warm[i] and number < self._warmup):
                         continue
-                    elapsed_ms, reasons[i] = self._timed(runner)
+                    if self._lots is not None:
+                        give_back()
+                    for _ in range(1 if number < self._warmup else 1 + settle):
+                        elapsed_ms, reasons[i] = self._timed(runner)
+                        if reasons[i]:
+                            break
                     if number >= self._warmup and not reasons[i]:
                         samples[i].append(elapsed_ms)
                 if number - self._warmup + 1 >= 3 and self._over(end):
@@ -177,6 +207,7 @@ class GroupEvaluator:
             for runner in built:
                 if runner is not None:
                     runner.close()
+            give_back()
         return [self._outcome(plan, s, reason) for plan, s, reason in zip(plans, samples, reasons, strict=True)]
 
     def _over(self, end: float | None) -> bool:
@@ -200,9 +231,14 @@ class GroupEvaluator:
             return None, str(error)
         reason = ""
         try:
-            reason = self._differs(runner) if self._check else ""
+            if self._check and plan_key(plan) not in self._right:
+                reason = self._differs(runner)
+                if not reason:
+                    self._right.add(plan_key(plan))
         except AutoplaceError as error:
             reason = str(error)
+        clear_gradients(self.model)
+        give_back()  # or the next plan's peak would stand on what this one leaves in the heap
         return runner, reason
 
     def _timed(self, runner: DistributedModel) -> tuple[float, str]:

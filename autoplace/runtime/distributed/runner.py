@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from autoplace.errors import ExecutionError
+from autoplace.hardware.buckets import bucket_bytes_of
 from autoplace.plan import Plan
 from autoplace.runtime.batch import batch_size
 from autoplace.runtime.fitness import unfit
@@ -113,9 +114,17 @@ class DistributedModel:
         self._parameters = dict(model.named_parameters())
         session.settle(self._refusal())
         if plan.shape == "replicas" and self.replica is not None:
+            index = session.cluster.index
+            size = sum(p.nbytes for p in self._parameters.values() if p.requires_grad)
             self._parallel = WeightedDataParallel(
-                model, session, together, buffers=batch_norm == "local" and _has_statistics(model)
+                model,
+                session,
+                together,
+                buffers=batch_norm == "local" and _has_statistics(model),
+                bucket_bytes=bucket_bytes_of(size, [index[session.members[r]] for r in working], session.cluster),
             )
+            if lookout is not None:
+                lookout.role = f"replica {self.replica} of {len(self.ranks)}"
         elif plan.shape in ("stages", "hybrid") and self.replica is not None:
             self._pipeline = Pipeline(
                 model,

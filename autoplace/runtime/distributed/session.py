@@ -7,6 +7,9 @@ rank. → `member`
 
 What one rank finds wrong, all ranks raise, with the same sentence: nobody is left waiting in a collective. → `settle`
 
+Where the user allows it (`AUTOPLACE_MIN_HOSTS`), whole hosts of the file may be missing: the group is then of the
+devices that are there. → `Session.absent`
+
 Knows nothing of models and plans. Transport, rendezvous and restarts are torch.distributed's and torchrun's.
 """
 
@@ -15,24 +18,38 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import secrets
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from autoplace.errors import AutoplaceError, ClusterFileError, ExecutionError, in_one_line
+from autoplace.errors import AutoplaceError, ClusterFileError, ExecutionError, InputError, in_one_line
 from autoplace.hardware.cluster import Cluster, Device, Link
 
-from .member import CLUSTER_VARIABLE, HOST_VARIABLE, assigned, gpu_index, host_name, own_device
+from .member import (
+    CLUSTER_VARIABLE,
+    HOST_VARIABLE,
+    MIN_HOSTS_VARIABLE,
+    assigned,
+    gpu_index,
+    host_name,
+    own_device,
+)
 
-__all__ = ["CLUSTER_VARIABLE", "HOST_VARIABLE", "TIMEOUT_VARIABLE", "Session"]
+__all__ = ["CLUSTER_VARIABLE", "HOST_VARIABLE", "MIN_HOSTS_VARIABLE", "TIMEOUT_VARIABLE", "Session"]
 
 T = TypeVar("T")
 
 TIMEOUT_VARIABLE = "AUTOPLACE_TIMEOUT_S"
 """Environment variable with the seconds after which a silent rank counts as lost."""
 _TIMEOUT_S = 60.0
+_JOIN_S = 60.0
+"""Seconds beyond the time-out for which a rank waits for the others: they may have to find out first who is lost."""
+_POLL_S = 0.05
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _GIGABIT = Link(latency_ms=0.1, bytes_per_ms=125_000.0)
 """What a link between hosts is taken for until somebody measures it."""
@@ -53,6 +70,10 @@ class Session:
         self, cluster: Cluster, members: Sequence[str], rank: int, *, timeout_s: float = _TIMEOUT_S, owned: bool = False
     ) -> None:
         self.cluster, self.members, self.rank = cluster, tuple(members), rank
+        self.whole = cluster
+        """What the cluster file describes; more than `cluster` where hosts are missing."""
+        self.attempt = ""
+        """A word that only the ranks of this attempt of torchrun's know, for keys in its store."""
         self.timeout_s = timeout_s
         self._owned = owned
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
@@ -60,8 +81,9 @@ class Session:
 
     @staticmethod
     def launched() -> bool:
-        """Return whether torchrun started this process as one of several."""
-        return all(name in os.environ for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+        """Return whether torchrun started this process as one of several, or as what is left of them."""
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or bool(os.environ.get(MIN_HOSTS_VARIABLE))
+        return several and all(name in os.environ for name in _TORCHRUN)
 
     @staticmethod
     def join(cluster: Cluster | None = None, *, own: Device | None = None, timeout_s: float | None = None) -> Session:
@@ -73,7 +95,8 @@ class Session:
             timeout_s: See the class; None = `AUTOPLACE_TIMEOUT_S`, or a minute.
 
         Raises:
-            ExecutionError: If torchrun did not start this process, or the ranks run different versions.
+            ExecutionError: If torchrun did not start this process, the ranks do not meet, or they run different
+                versions.
             ClusterFileError: If the cluster file and the processes do not fit each other.
         """
         if not all(name in os.environ for name in _TORCHRUN):
@@ -89,25 +112,26 @@ class Session:
             problem = error
         owned = not dist.is_initialized()
         if owned:
-            timeout = datetime.timedelta(seconds=timeout_s)
-            dist.init_process_group(
-                _backend(cluster, local_rank),
-                timeout=timeout,
-                store=_store(timeout),
-                rank=int(os.environ["RANK"]),
-                world_size=int(os.environ["WORLD_SIZE"]),
-            )
+            _enter(_backend(cluster, local_rank), timeout_s)
         rank = dist.get_rank()
         session = Session(_NOBODY, ["?/cpu:0"] * dist.get_world_size(), rank, timeout_s=timeout_s, owned=owned)
         try:
+            session.attempt = session.broadcast(secrets.token_hex(8))
             session.settle(problem)
             session.agree(_versions(), what="the ranks run different versions")
-            session.cluster, members = session._matched(cluster, local_rank, own)
+            session.whole, members = session._matched(cluster, local_rank, own)
+            session.cluster = session.whole.part(members)
             session.members = tuple(members)
             session._rank_of = {name: i for i, name in enumerate(session.members)}
         except BaseException:
             session.close()
             raise
+        if session.absent and rank == 0:
+            warnings.warn(
+                f"{_named(session.absent)} of the cluster file did not come; the others go on with "
+                f"{session.cluster.num_devices} of {session.whole.num_devices} devices",
+                stacklevel=2,
+            )
         return session
 
     # -- who is who ------------------------------------------------------------------------------------------------
@@ -116,6 +140,12 @@ class Session:
     def world_size(self) -> int:
         """Number of ranks."""
         return len(self.members)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The hosts of the cluster file that did not come."""
+        present = {d.host for d in self.cluster.devices}
+        return tuple(dict.fromkeys(d.host for d in self.whole.devices if d.host not in present))
 
     @property
     def device(self) -> Device:
@@ -140,7 +170,7 @@ class Session:
         return self._rank_of[device]
 
     def _matched(self, cluster: Cluster | None, local_rank: int, described: Device | None) -> tuple[Cluster, list[str]]:
-        """Return the cluster and the device of every rank."""
+        """Return the whole cluster and the device of every rank."""
         if cluster is None:
             return self._described(local_rank, described)
         host = host_name(cluster)
@@ -172,13 +202,20 @@ class Session:
         if len(set(members)) < len(members):
             twice = next(name for name in members if members.count(name) > 1)
             raise ClusterFileError(f"two processes run {twice!r}; give every host its own name in {HOST_VARIABLE}")
-        missing = [d.name for d in cluster.devices if d.name not in members]
-        if missing:
+        missing = [d for d in cluster.devices if d.name not in members]
+        if missing and not self._may_miss(cluster, {d.host for d in missing}):
             raise ClusterFileError(
                 f"the cluster file names {len(cluster.devices)} devices and {len(members)} processes were started, "
-                f"none for {missing[0]!r}; start one process a device, or take it out of the file"
+                f"none for {missing[0].name!r}; start one process a device, or take it out of the file"
             )
         return cluster, members
+
+    def _may_miss(self, cluster: Cluster, hosts: set[str]) -> bool:
+        """Return whether the user lets the others go on without some hosts, all of whose devices are missing."""
+        every = {d.host for d in cluster.devices}
+        least = self.broadcast(self.together(_min_hosts)) or len(every)
+        missing = sum(len(cluster.on(host)) for host in hosts)
+        return cluster.num_devices - missing == self.world_size and len(every) - len(hosts) >= least
 
     def _described(self, local_rank: int, own: Device | None) -> tuple[Cluster, list[str]]:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -283,21 +320,80 @@ def _backend(cluster: Cluster | None, local_rank: int) -> str:
     return "cpu:gloo,cuda:nccl" if present and only_gpus and dist.is_nccl_available() else "gloo"
 
 
-def _store(timeout: datetime.timedelta) -> dist.Store:
-    """Return the ranks' key-value store, as this attempt of torchrun's sees it.
+def _enter(backend: str, timeout_s: float) -> None:
+    """Make the process group once all ranks of this attempt of torchrun's are there.
 
-    The agent's store outlives a restart, and with it the addresses of the ranks that ended: a rank that reads one
-    before its new owner has written it cannot connect. [torch 2.13]
+    Raises:
+        ExecutionError: If some do not come.
     """
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        int(os.environ["WORLD_SIZE"]),
-        is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0",
-        timeout=timeout,
-        multi_tenant=True,
-    )
-    return dist.PrefixStore(f"autoplace/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    rank, count, join_s = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_s + _JOIN_S
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=join_s),
+            multi_tenant=True,
+        )
+        own = dist.PrefixStore(f"autoplace/{_attempt(store, rank, count, join_s)}", store)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=count)
+    except dist.DistError as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExecutionError(
+            f"rank {rank} could not meet the others at {address}:{port} ({first[:200]}); check that all of them run "
+            "and that nothing blocks their ports"
+        ) from error
+
+
+def _attempt(store: dist.Store, rank: int, count: int, join_s: float) -> str:
+    """Return a word of rank 0's, once all ranks have it.
+
+    The agent's store outlives a restart, and with it what the ranks wrote that ended, their addresses among it. Which
+    attempt this is cannot be told from the environment: an agent counts the failures of its own ranks only, and not the
+    restarts that other hosts ask for. So every rank shows a word of its own, and rank 0 answers to that. [torch 2.13]
+    """
+    store = dist.PrefixStore("autoplace/meeting", store)
+    own, end = secrets.token_hex(8), time.monotonic() + join_s
+    if rank:
+        store.set(f"here/{rank}", own)
+        attempt: str = store.get(f"for {own}").decode()
+        store.set(f"{attempt}/{rank}", "")
+        if refusal := store.get(f"{attempt}/end").decode():
+            raise ExecutionError(refusal)
+        return attempt
+    missing, answered, refusal = set(range(1, count)), set(), ""
+    while missing and not refusal:
+        for other in sorted(missing):
+            if store.check([f"{own}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"here/{other}"]) and (theirs := store.get(f"here/{other}").decode()) not in answered:
+                store.set(f"for {theirs}", own)
+                answered.add(theirs)
+        if missing and time.monotonic() > end:
+            refusal = (
+                f"rank {min(missing)} of {count} did not come within {join_s:.0f} s; see what its host says, and start "
+                "again"
+            )
+        time.sleep(_POLL_S if missing else 0.0)
+    store.set(f"{own}/end", refusal)
+    if refusal:
+        raise ExecutionError(refusal)
+    return own
+
+
+def _min_hosts() -> int:
+    """Return how many hosts the user says are enough; 0 = nothing was said."""
+    given = os.environ.get(MIN_HOSTS_VARIABLE) or "0"
+    if not given.isdecimal():
+        raise InputError(f"{MIN_HOSTS_VARIABLE} is {given!r}; use a whole number of hosts")
+    return int(given)
+
+
+def _named(hosts: Sequence[str]) -> str:
+    return f"host{'s' if len(hosts) > 1 else ''} {', '.join(map(repr, hosts))}"
 
 
 def _versions() -> dict[str, str]:

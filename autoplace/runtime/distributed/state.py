@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
-from autoplace.errors import InputError
+from autoplace.errors import ExecutionError, InputError
 
 from .runner import DistributedModel
 
@@ -44,6 +45,10 @@ def save_checkpoint(
         optimizer: Whose state is kept, for parameters of the model.
         runner: Runs the model under its plan; None = every rank that there is holds all of it.
         **extra: What JSON can hold: the epoch, for example.
+
+    Raises:
+        InputError: If the optimizer is of another model.
+        ExecutionError: If a rank cannot write its part.
     """
     rank, path = dist.get_rank() if dist.is_initialized() else 0, Path(path)
 
@@ -66,14 +71,20 @@ def save_checkpoint(
                 raise InputError("the optimizer has a parameter that is none of the model's; make it of this model's")
             if owns(name):
                 tensors |= {f"{_OPTIMIZER}{name}//{key}": torch.as_tensor(value) for key, value in state.items()}
-    dcp.save(
-        tensors, storage_writer=dcp.FileSystemWriter(str(partial), sync_files=True), no_dist=not dist.is_initialized()
-    )
+    writer = dcp.FileSystemWriter(str(partial), sync_files=True)
+    try:
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as failed:  # of the files, on some rank; it is no Exception
+        where, (cause, _) = min(failed.failures.items())
+        raise ExecutionError(
+            f"the checkpoint at {path} was not written: rank {where}: {type(cause).__name__}: {cause}; "
+            "check that all ranks can write there"
+        ) from None
     if rank == 0:
         (partial / f"{_EXTRA}.json").write_text(json.dumps(extra), encoding="utf-8")
         old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
+        if path.exists():  # else the old one is all there is until the next line but one
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         partial.rename(path)
         shutil.rmtree(old, ignore_errors=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from autoplace.errors import ClusterFileError
+from autoplace.errors import ClusterFileError, InputError
 from autoplace.hardware.cluster import Cluster, Device, Host
 from autoplace.hardware.hosts_file import HostProcesses
 from autoplace.runtime.distributed import launch as launching
@@ -55,8 +55,11 @@ def test_torchrun_gets_its_options_and_the_ranks_their_settings(fake_python, cap
         assert words.startswith("-m autoplace.runtime.distributed.agent --nnodes 2 ")
         assert f"--node-rank {rank} --nproc-per-node 1 --master-addr 10.0.0.1 --master-port 12345 " in words
         assert "--max-restarts 3 " in words
+        assert "--nnodes 2 " in words and f"--rdzv-conf is_host={1 - rank},join_timeout=" in words
+        assert words.count("--rdzv-endpoint 10.0.0.1:12345 --local-addr " + ("~00001 " if rank else "10.0.0.1 ")) == 1
         assert words.endswith(" -m autoplace.runtime.distributed.main script.py --x")
     assert {"AUTOPLACE_HOST=a", f"AUTOPLACE_CLUSTER={cluster}", "GLOO_SOCKET_IFNAME=eth7"} <= set(a)
+    assert "AUTOPLACE_MIN_HOSTS=" in a and "AUTOPLACE_MIN_HOSTS=" in b
     assert {"NCCL_SOCKET_IFNAME=eth7", "AUTOPLACE_TIMEOUT_S=20", f"AUTOPLACE_DIRECTORY={Path.cwd()}"} <= set(a)
     assert "AUTOPLACE_PEER=b" in a and "AUTOPLACE_PEER=10.0.0.1" in b
     assert {"AUTOPLACE_HOST=b", "AUTOPLACE_CLUSTER=", "AUTOPLACE_DIRECTORY=/elsewhere", "NCCL_DEBUG=WARN"} <= set(b)
@@ -120,6 +123,48 @@ def test_the_rank_that_failed_is_named(fake_python, capfd, code, words):
     python = fake_python("python", f"{tell(kind='failed', rank=4, code=code)}; exit {last}")
     assert started(Host(name="one", python=python)) == last
     assert capfd.readouterr().err == f"autoplace: rank 4 on host 'one' {words}\n"
+
+
+def trio(fake_python, one="exit 0", two="exit 0", three="exit 0"):
+    bodies = {"one": one, "two": two, "three": three}
+    return [Host(name=name, launch=("env",), python=fake_python(name, body)) for name, body in bodies.items()]
+
+
+def test_enough_hosts_go_on_without_one(fake_python, capfd):
+    hosts = trio(fake_python, "sleep 1; echo $AUTOPLACE_MIN_HOSTS $*", "sleep 1", "echo cut off >&2; exit 255")
+    assert started(*hosts, max_restarts=1, min_hosts=2) == 0
+    captured = capfd.readouterr()
+    assert captured.out.startswith("one | 2 ") and " --nnodes 2:3 " in captured.out
+    assert "autoplace: host 'three' is gone (cut off); the others go on\n" in captured.err
+
+
+def test_who_hangs_is_not_waited_for_when_the_first_host_is_done(fake_python, monkeypatch):
+    monkeypatch.setattr(launching, "_END_S", 0.3)
+    start = time.monotonic()
+    assert started(*trio(fake_python, three="sleep 60"), max_restarts=1, min_hosts=2) == 0
+    assert time.monotonic() - start < 20
+
+
+GONE = {
+    "the first": ("one", "exit 255", 1, 255),
+    "too many": ("three", "exit 255", 3, 255),
+    "ranks that failed": ("three", f"{tell(kind='failed', rank=2, code=9)}; exit 9", 1, 9),
+}
+
+
+@pytest.mark.parametrize("case", GONE)
+def test_some_losses_end_the_run(case, fake_python, capfd):
+    name, body, least, code = GONE[case]
+    bodies = dict.fromkeys(("one", "two", "three"), "sleep 60") | {name: body}
+    assert started(*trio(fake_python, **bodies), max_restarts=1, min_hosts=least) == code
+    said = f"host '{name}' is gone (code 255); start again when it is up"
+    assert ("rank 2 on host 'three' ended with code 9" if "failed" in case else said) in capfd.readouterr().err
+
+
+def test_more_hosts_than_there_are_cannot_be_enough(tmp_path, one_host):
+    one_host.save(tmp_path / "cluster.yaml")
+    with pytest.raises(InputError, match=r"--min-hosts is 2 and .*cluster.yaml names 1 hosts; use 1 to 1"):
+        run_script(tmp_path / "cluster.yaml", ["script.py"], min_hosts=2)
 
 
 def test_other_reports_are_handed_on(fake_python):
@@ -254,7 +299,7 @@ def test_two_hosts_run_a_script(two_hosts, tmp_path, capfd):
 
 
 FAILS_TWICE = """\
-import os
+import os, sys
 from autoplace.errors import AutoplaceError, ExecutionError
 from autoplace.runtime.distributed import Session
 
@@ -262,7 +307,7 @@ attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
 if attempt == "0" and rank == "1":
     raise RuntimeError("attempt 0 goes wrong")
 session = Session.join(timeout_s=60)
-print("rank", rank, "in attempt", attempt)
+sys.stdout.write(f"rank {rank} in attempt {attempt}\n")  # in one piece, as the other rank's
 session.settle(ExecutionError("no rank can go on; buy another machine") if rank == "1" else None)
 """
 

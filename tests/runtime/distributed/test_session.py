@@ -14,7 +14,7 @@ from autoplace.errors import ExecutionError
 from autoplace.runtime.distributed import Session
 
 CASES = """\
-import contextlib, json, os, sys
+import contextlib, json, os, sys, warnings
 import torch
 import torch.distributed as dist
 import autoplace
@@ -48,6 +48,27 @@ with refused("too many ranks"):
     Session.join(cluster("a/cpu:0"))
 with refused("too few ranks"):
     Session.join(cluster("a/cpu:0", "a/cpu:1", "a/cpu:2"))
+os.environ["AUTOPLACE_MIN_HOSTS"] = "2"
+with refused("too few hosts"):
+    os.environ["AUTOPLACE_HOST"] = "a"
+    Session.join(cluster("a/cpu:0", "a/cpu:1", "b/cpu:0"))
+os.environ["AUTOPLACE_MIN_HOSTS"] = "1"
+with refused("half a host"):
+    os.environ["AUTOPLACE_HOST"] = "a"
+    Session.join(cluster("a/cpu:0", "a/cpu:1", "a/cpu:2", "b/cpu:0"))
+with refused("a host is gone"), warnings.catch_warnings(record=True) as told:
+    os.environ["AUTOPLACE_HOST"] = "a"
+    whole = cluster("b/cpu:0", "a/cpu:0", "a/cpu:1")
+    session = Session.join(whole)
+    assert session.absent == ("b",) and session.whole == whole and session.members == ("a/cpu:0", "a/cpu:1")
+    assert session.cluster == TWO and session.device.name == f"a/cpu:{rank}"
+    wanted = ["host 'b' of the cluster file did not come; the others go on with 2 of 3 devices"]
+    assert [str(w.message) for w in told] == ([] if rank else wanted)
+os.environ["AUTOPLACE_MIN_HOSTS"] = "some"
+with refused("a number that is none"):
+    os.environ["AUTOPLACE_HOST"] = "a"
+    Session.join(cluster("a/cpu:0", "a/cpu:1", "b/cpu:0"))
+del os.environ["AUTOPLACE_MIN_HOSTS"]
 with refused("a host that is not named"):
     os.environ["AUTOPLACE_HOST"] = "b" if rank else "a"
     Session.join(TWO)
@@ -102,6 +123,9 @@ dist.destroy_process_group()
 EXPECTED = {
     "too many ranks": ("ClusterFileError", "host 'a' has 1 devices in the cluster file and at least 2 processes"),
     "too few ranks": ("ClusterFileError", "names 3 devices and 2 processes were started, none for 'a/cpu:2'"),
+    "too few hosts": ("ClusterFileError", "names 3 devices and 2 processes were started, none for 'b/cpu:0'"),
+    "half a host": ("ClusterFileError", "names 4 devices and 2 processes were started, none for 'a/cpu:2'"),
+    "a number that is none": ("InputError", "AUTOPLACE_MIN_HOSTS is 'some'; use a whole number of hosts"),
     "a host that is not named": ("ClusterFileError", "rank 1 runs on host 'b', which the cluster file does not name"),
     "two ranks on one device": ("ClusterFileError", "two processes run 'a/cpu:0'"),
     "different versions": ("ExecutionError", "the ranks run different versions: autoplace is"),
@@ -140,7 +164,7 @@ def test_all_ranks_raise_the_same_sentence(case, everybody):
     assert "\n" not in everybody[0][case][1]
 
 
-@pytest.mark.parametrize("case", ["no file", "agreement"])
+@pytest.mark.parametrize("case", ["no file", "agreement", "a host is gone"])
 def test_ranks_that_fit_are_let_in(case, everybody):
     assert [found[case] for found in everybody] == [None, None]
 

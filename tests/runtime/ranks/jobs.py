@@ -347,6 +347,42 @@ def led(session, shapes):
     return evaluator.evaluations
 
 
+def in_lots(session, shapes):
+    """Return which shapes were measured beside each other, and the rounds of each."""
+    from autoplace.runtime.distributed.pool import GroupEvaluator
+
+    inputs, targets = batch_of("tied", 8)
+    asked = []
+
+    def lots(plans):
+        asked.append([plan.shape for plan in plans])
+        return [[0, 2], [1]]
+
+    evaluator = GroupEvaluator(
+        model_of("tied").train(), inputs, session, targets=targets, loss=loss_of, check_samples=2, lots=lots
+    )
+    outcomes = evaluator.evaluate_interleaved([plan_of(session, shape) for shape in shapes], 3)
+    return asked, [(o.feasible, o.reason, len(o.samples_ms)) for o in outcomes]
+
+
+def checks(session):
+    """Return the shapes that were compared with plain PyTorch, where one of them is measured twice."""
+    from autoplace.runtime.distributed.pool import GroupEvaluator
+
+    inputs, targets = batch_of("tied", 8)
+    evaluator = GroupEvaluator(model_of("tied").train(), inputs, session, targets=targets, loss=loss_of)
+    compare, seen = evaluator._differs, []
+
+    def counted(runner):
+        seen.append(runner.plan.shape)
+        return compare(runner)
+
+    evaluator._differs = counted
+    evaluator.evaluate([plan_of(session, "replicas")])
+    outcomes = evaluator.evaluate_interleaved([plan_of(session, s) for s in ("replicas", "single")], 2, settle=1)
+    return seen, [(o.feasible, len(o.samples_ms)) for o in outcomes]
+
+
 def wrong_loss(session):
     """A loss that is a sum, which shares do not weigh."""
     from autoplace.runtime.distributed.pool import GroupEvaluator
@@ -376,7 +412,8 @@ def warm_up(session, shape):
     lookout.close()
 
 
-def train_until_told(session, shape, seconds):
+def train_until_told(session, shape, seconds, under_way=None):
+    """Train; rank 0 makes a file once all are under way."""
     import time
 
     lookout, runner = _watched(session, shape)
@@ -385,6 +422,8 @@ def train_until_told(session, shape, seconds):
         while time.monotonic() < end:
             runner.train_step(*batch_of("tied", 6))
             runner.model.zero_grad()
+            if under_way is not None and session.rank == 0 and lookout.step == 3:
+                under_way.touch()
     finally:
         lookout.close()
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,17 @@ class Ranks:
 
     Args:
         count: Number of ranks.
+        prefixes: Words before each rank's command, where they run on hosts of their own.
         environment: More variables; `{rank}` in a value is the rank.
     """
 
-    def __init__(self, count: int, **environment: str) -> None:
+    def __init__(self, count: int, *, prefixes: Sequence[Sequence[str]] = (), **environment: str) -> None:
         self.count, self._environment = count, environment
+        self._prefixes = prefixes or [()] * count
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def run(self, function: Any, *args: Any, limit_s: float = LIMIT_S) -> list[Any]:
-        """Return what the function returned, by rank.
+    def run(self, function: Any, *args: Any, limit_s: float = LIMIT_S, deaf: Sequence[int] = ()) -> list[Any]:
+        """Return what the function returned, by rank; nobody waits for the answer of those that are `deaf`.
 
         Raises:
             Failed: If a rank raised or did not answer in time.
@@ -56,6 +59,8 @@ class Ranks:
         results: list[Any] = [None] * self.count
         errors: dict[int, tuple[str, str, str]] = {}
         for rank, process in enumerate(self._processes):
+            if rank in deaf:
+                continue
             told = _read(process, limit_s)
             if told is None:
                 errors[rank] = ("Timeout", f"no answer within {limit_s:g} s, or it died", "")
@@ -89,16 +94,16 @@ class Ranks:
             own |= {key: value.format(rank=rank) for key, value in self._environment.items()}
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, str(Path(__file__).resolve())],
+                    [*self._prefixes[rank], sys.executable, str(Path(__file__).resolve())],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     env={**os.environ, **own},
                 )
             )
 
-    def kill(self, rank: int) -> None:
-        """End one rank as the kernel would."""
-        self._processes[rank].kill()
+    def signal(self, rank: int, number: int) -> None:
+        """Signal one rank."""
+        self._processes[rank].send_signal(number)
 
     def close(self) -> None:
         """End all."""
