@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -218,9 +219,9 @@ class _Tuning:
             exports=exports,
             lots=lots_of(problem, self.session),
         )
-        self._screen(evaluator, _SCREENED, budget_s * 0.4)
+        self._screen(evaluator, _SCREENED, budget_s * 0.35)
         if self._calibrate(problem, policy, again=True):
-            self._screen(evaluator, _SCREENED_AGAIN, budget_s * 0.2)
+            self._screen(evaluator, _SCREENED_AGAIN, budget_s * 0.1)
             self._calibrate(problem, policy, again=False)
         if self._climb(evaluator, problem, end - budget_s * 0.3):
             self._calibrate(problem, policy, again=False)
@@ -275,17 +276,19 @@ class _Tuning:
         return fresh
 
     def _screen(self, evaluator: GroupEvaluator, count: int, budget_s: float) -> None:
-        """Measure the baselines and the best predicted plans that have not run yet."""
-        waiting = [(k, r) for k, r in self.rows.items() if r.measured is None]
+        """Measure the baselines and the best predicted plans that have not run yet, as many as there is time for."""
+        waiting = sorted(((k, r) for k, r in self.rows.items() if r.measured is None), key=lambda kr: _forecast(kr[1]))
         picked = [k for k, r in waiting if r.baseline]
         kinds: set[str] = set()
         for key, row in waiting:  # the best of each shape, then the best
             if row.plan.shape not in kinds and key not in picked:
                 kinds.add(row.plan.shape)
                 picked.append(key)
-        order = sorted(waiting, key=lambda kr: _forecast(kr[1]))
-        picked += [k for k, _ in order if k not in picked]
-        picked = picked[: count + sum(self.rows[k].baseline for k in picked)]
+        picked += [k for k, _ in waiting if k not in picked]
+        least = 1 + sum(self.rows[k].baseline for k in picked)
+        steps_ms = np.cumsum([(1 + _ROUNDS) * _forecast_ms(self.rows[k]) for k in picked])
+        affordable = int(np.searchsorted(steps_ms, budget_s * 1e3, side="right"))
+        picked = picked[: min(max(affordable, least), least - 1 + count)]
         if not picked:
             return
         outcomes = evaluator.evaluate_interleaved([self.rows[k].plan for k in picked], _ROUNDS, budget_s=budget_s)
@@ -401,6 +404,11 @@ def _light(outcome: Outcome | None) -> Outcome | None:
 def _forecast(row: GroupRow) -> float:
     outcome = row.calibrated or row.predicted
     return float("inf") if outcome is None else outcome.objective
+
+
+def _forecast_ms(row: GroupRow) -> float:
+    outcome = row.calibrated or row.predicted
+    return 0.0 if outcome is None or outcome.latency_ms is None else outcome.latency_ms
 
 
 def _loaded(policy: str | None) -> Any:

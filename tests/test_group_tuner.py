@@ -116,6 +116,25 @@ def test_the_climb_moves_cuts(problem):
     assert np.bincount(best.plan.assignment_array(problem)[:8]).tolist() == [4, 4]
 
 
+def test_screening_takes_as_many_as_there_is_time_for(problem):
+    def rows():
+        world = World(problem, ClusterFactors())
+        some = tuning(problem, world, {"single": single(problem)})
+        counts = [(32, 16), (24, 24), (40, 8), (44, 4)]
+        plans = [replicas_plan(problem, [0, 1], c, strategy="weighted") for c in counts]
+        for plan, predicted in zip(plans, ClusterEvaluator(problem).evaluate(plans), strict=True):
+            some.rows[plan_key(plan)] = GroupRow(label=str(len(some.rows)), plan=plan, predicted=predicted)
+        world.plans.clear()
+        return some, world
+
+    some, world = rows()
+    some._screen(world, 3, 60.0)
+    assert [round(p.replicas[0].share * 48) for p in world.plans] == [32, 40, 44]
+    some, world = rows()
+    some._screen(world, 3, 0.0)
+    assert [round(p.replicas[0].share * 48) for p in world.plans] == [32], "one there always is"
+
+
 def test_a_baseline_alone_is_no_place_to_climb_from(problem):
     world = World(problem, ClusterFactors())
     some = tuning(problem, world, {"single": single(problem)})

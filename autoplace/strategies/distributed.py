@@ -137,8 +137,7 @@ def _learned(
         for plan in make_strategy(LEARNED, policy=policy).propose(planned, budget=budget, seed=seed)[:1]:
             row = plan.assignment_array(problem)
             rows = [row, in_line(problem, row)] if split_ties else [row]
-            used = len(plan.devices)
-            plans += [stages_plan(problem, r, strategy="learned", microbatches=count if used > 1 else 1) for r in rows]
+            plans += [stages_plan(problem, r, strategy="learned", microbatches=count) for r in rows]
     return plans
 
 

@@ -44,8 +44,10 @@ _MOST_STEPS = 40
 
 
 def stages_plan(problem: Problem, row: NDArray[np.integer], *, strategy: str, microbatches: int) -> Plan:
-    """Return the plan of one replica; the loss is computed where the last forward op runs."""
-    return Plan.from_assignment(problem, settled(problem, row), strategy=strategy, microbatches=microbatches)
+    """Return the plan of one replica; the loss is where the last forward op runs, and one device splits no batch."""
+    row = settled(problem, row)
+    count = microbatches if len(np.unique(row)) > 1 else 1
+    return Plan.from_assignment(problem, row, strategy=strategy, microbatches=count)
 
 
 def rank_problem(
