@@ -133,16 +133,8 @@ def run_bed(bed: TestBed, name: str, options: argparse.Namespace) -> dict[str, A
     start = time.perf_counter()
     words = ["train", "--stage", "measure", "--cluster", cluster, "--model", f"{factory}:make", "-o", folder / "out"]
     words += ["--plans-measure", options.plans, "--groups-measure", options.groups, "--seed", options.seed]
-    words += [
-        "--held-out",
-        1,
-        "--captured",
-        0,
-        "--policy",
-        options.policy,
-        "--tracking-uri",
-        f"sqlite:///{folder}/ml.db",
-    ]
+    words += ["--held-out", 1, "--captured", 0, "--policy", options.policy]
+    words += ["--tracking-uri", f"sqlite:///{folder}/ml.db"]
     program = [sys.executable, "-c", "from autoplace.cli import main; main()", *map(str, words)]
     subprocess.run(program, check=True, timeout=options.limit_s)
     refined_s = time.perf_counter() - start
@@ -304,7 +296,7 @@ def main() -> int:
         if missing := TestBed.missing():
             print(f"no test bed here: {missing}")
             return 1
-        with bed_of(name) as bed:
+        with bed_of(name, options.model) as bed:
             rows.append(run_bed(bed, name, options))
         with _ROWS.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
