@@ -307,7 +307,7 @@ attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
 if attempt == "0" and rank == "1":
     raise RuntimeError("attempt 0 goes wrong")
 session = Session.join(timeout_s=60)
-sys.stdout.write(f"rank {rank} in attempt {attempt}\n")  # in one piece, as the other rank's
+sys.stdout.write(f"rank {rank} in attempt {attempt}\\n")  # in one piece, as the other rank's
 session.settle(ExecutionError("no rank can go on; buy another machine") if rank == "1" else None)
 """
 
