@@ -41,7 +41,7 @@ def loss(output, targets):
     return (output - targets).square().mean()
 
 model = nn.Sequential(*(Layer() for _ in range(6)))
-batch, targets = torch.randn(12, 32768, 16), torch.zeros(12, 32768, 16)
+batch, targets = torch.randn(16, 24576, 16), torch.zeros(16, 24576, 16)
 """
 PLAIN = (
     COMMON
