@@ -7,8 +7,8 @@ Every rank runs it with the same arguments, and returns the same. The baselines 
 rest: the fastest single device, and even data parallel, which is what people would run without us. A plan is kept in
 their place when its median gain in the objective over the better of them exceeds the noise of that run.
 
-The climb is there because the simulator's last few per cent are not to be had by prediction: the shares of a batch
-that it foretells, and the cuts, were a tenth slower than the best there are. It measures the neighbours of the best
+The climb is there because the last few per cent are not to be had by prediction: shares of a batch and cuts that the
+simulator likes best have neighbours that are faster. It measures the neighbours of the best
 plan of each kind (→ `neighbours`), save those that the calibrated simulator expects to be far worse.
 """
 
@@ -64,6 +64,8 @@ _FIRST_STEP, _LAST_STEP = 1 / 8, 1 / 40
 """Steps of the climb, as parts of the batch or of the ops."""
 _MOST_NEIGHBOURS = 4
 """Measured in one step of the climb."""
+_UNKNOWN = Outcome(source="simulated", feasible=False)
+"""Of a plan that nobody has predicted."""
 _HOPELESS = 1.5
 """A neighbour predicted so many times worse than where the climb is gets no real run."""
 
@@ -277,7 +279,9 @@ class _Tuning:
 
     def _screen(self, evaluator: GroupEvaluator, count: int, budget_s: float) -> None:
         """Measure the baselines and the best predicted plans that have not run yet, as many as there is time for."""
-        waiting = sorted(((k, r) for k, r in self.rows.items() if r.measured is None), key=lambda kr: _forecast(kr[1]))
+        waiting = sorted(
+            ((k, r) for k, r in self.rows.items() if r.measured is None), key=lambda kr: _forecast(kr[1]).objective
+        )
         picked = [k for k, r in waiting if r.baseline]
         kinds: set[str] = set()
         for key, row in waiting:  # the best of each shape, then the best
@@ -286,7 +290,7 @@ class _Tuning:
                 picked.append(key)
         picked += [k for k, _ in waiting if k not in picked]
         least = 1 + sum(self.rows[k].baseline for k in picked)
-        steps_ms = np.cumsum([(1 + _ROUNDS) * _forecast_ms(self.rows[k]) for k in picked])
+        steps_ms = np.cumsum([(1 + _ROUNDS) * _forecast(self.rows[k]).latency_ms for k in picked])
         affordable = int(np.searchsorted(steps_ms, budget_s * 1e3, side="right"))
         picked = picked[: min(max(affordable, least), least - 1 + count)]
         if not picked:
@@ -401,14 +405,9 @@ def _light(outcome: Outcome | None) -> Outcome | None:
     return None if outcome is None else replace(outcome, timeline=())
 
 
-def _forecast(row: GroupRow) -> float:
-    outcome = row.calibrated or row.predicted
-    return float("inf") if outcome is None else outcome.objective
-
-
-def _forecast_ms(row: GroupRow) -> float:
-    outcome = row.calibrated or row.predicted
-    return 0.0 if outcome is None or outcome.latency_ms is None else outcome.latency_ms
+def _forecast(row: GroupRow) -> Outcome:
+    """Return the latest that the simulator says of a plan."""
+    return row.calibrated or row.predicted or _UNKNOWN
 
 
 def _loaded(policy: str | None) -> Any:

@@ -14,9 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from autoplace.cli.factory import load_workload
+from autoplace.cli._ranks import shared_workload
 from autoplace.errors import AutoplaceError, ExecutionError, InputError, in_one_line
 from autoplace.files import make_directory
 
@@ -95,15 +93,11 @@ def _train(session: Session, options: argparse.Namespace) -> None:
 
     from autoplace.agents.over_ranks import case_over_ranks
     from autoplace.cli.train import run_stages
-    from autoplace.distribution import give_out
     from autoplace.problem import Objective
     from autoplace.records import RecordLog
 
     config = session.together(lambda: _config(options) if session.rank == 0 else None)
-    torch.manual_seed(0)
-    workload = session.together(lambda: load_workload(options.model, training=True))
-    workload.model.train()
-    give_out(workload.model, session)
+    workload = shared_workload(options.model, session)
     with ExitStack() as stack:
         log: RecordLog | None = None
         if config is not None:

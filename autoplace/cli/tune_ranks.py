@@ -10,9 +10,7 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-
-from autoplace.cli.factory import load_workload
+from autoplace.cli._ranks import shared_workload
 from autoplace.errors import InputError
 from autoplace.files import make_directory, write_text_atomically
 
@@ -45,7 +43,6 @@ def tune_over_ranks(
 
 def main() -> None:
     """Tune on this rank."""
-    from autoplace.distribution import give_out
     from autoplace.group_tuner import tune_group
     from autoplace.problem import Objective
     from autoplace.records import RecordLog
@@ -60,10 +57,7 @@ def main() -> None:
     parser.add_argument("--energy-weight", type=float, default=0.0)
     options = parser.parse_args()
     session = Session.join()
-    torch.manual_seed(0)
-    workload = session.together(lambda: load_workload(options.model, training=True))
-    workload.model.train()
-    give_out(workload.model, session)
+    workload = shared_workload(options.model, session)
     with ExitStack() as stack:
         log: RecordLog | None = None
         if session.rank == 0:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from autoplace.hardware.cluster import Cluster
 
-__all__ = ["BUCKET_BYTES", "bucket_bytes_of"]
+__all__ = ["BUCKET_BYTES", "bucket_bytes_of", "slowest_of_ring"]
 
 BUCKET_BYTES = 25 << 20
 """Of DistributedDataParallel's buckets, if nobody says otherwise."""
@@ -20,6 +20,18 @@ _LEAST_MS = 20.0
 without a GPU [measured: gloo, two hosts of one and half a core, 2026-11-28]."""
 
 
+def slowest_of_ring(devices: Sequence[int], cluster: Cluster) -> tuple[float, float]:
+    """Return the largest latency, ms, and the least bandwidth, bytes per ms, of the links of a ring.
+
+    Args:
+        devices: Indices, two or more; they form the ring in the cluster's order.
+        cluster: The devices.
+    """
+    ring = sorted(set(devices))
+    onward = ring[1:] + ring[:1]
+    return float(cluster.link_latency_ms[ring, onward].max()), float(cluster.link_bytes_per_ms[ring, onward].min())
+
+
 def bucket_bytes_of(size_bytes: float, devices: Sequence[int], cluster: Cluster) -> float:
     """Return how large the buckets of data parallelism are, bytes: small on slow links, so that most of them overlap.
 
@@ -28,8 +40,7 @@ def bucket_bytes_of(size_bytes: float, devices: Sequence[int], cluster: Cluster)
         devices: Indices; they form the ring in the cluster's order.
         cluster: The devices.
     """
-    ring = sorted(set(devices))
-    if len(ring) < 2:
+    if len(set(devices)) < 2:
         return float(BUCKET_BYTES)
-    bytes_per_ms = float(cluster.link_bytes_per_ms[ring, ring[1:] + ring[:1]].min())
+    _, bytes_per_ms = slowest_of_ring(devices, cluster)
     return min(float(BUCKET_BYTES), max(size_bytes / _BUCKETS, _LEAST_MS * bytes_per_ms))

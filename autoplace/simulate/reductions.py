@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from autoplace.hardware.buckets import slowest_of_ring
 from autoplace.hardware.cluster import Cluster
 
 __all__ = ["Reduction", "allreduce_ms", "buckets_of", "finish_ms"]
@@ -31,16 +32,14 @@ def allreduce_ms(size_bytes: float, devices: Sequence[int], cluster: Cluster) ->
         devices: Indices; they form the ring in the cluster's order.
         cluster: The devices.
     """
-    ring = sorted(set(devices))
-    if len(ring) < 2 or size_bytes <= 0.0:
+    count = len(set(devices))
+    if count < 2 or size_bytes <= 0.0:
         return 0.0
-    onward = ring[1:] + ring[:1]
-    latency_ms = float(cluster.link_latency_ms[ring, onward].max())
-    bytes_per_ms = float(cluster.link_bytes_per_ms[ring, onward].min())
+    latency_ms, bytes_per_ms = slowest_of_ring(devices, cluster)
     if bytes_per_ms <= 0.0:
         return float("inf")
-    steps = 2 * (len(ring) - 1)
-    return steps * latency_ms + steps / len(ring) * size_bytes / bytes_per_ms
+    steps = 2 * (count - 1)
+    return steps * latency_ms + steps / count * size_bytes / bytes_per_ms
 
 
 def buckets_of(size: float, bucket_bytes: float) -> list[float]:

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 from autoplace.plan import Plan
 from autoplace.problem import Problem
+from autoplace.simulate.stage_line import forward_ops
 from autoplace.strategies._shares import moved_counts, whole_units
 from autoplace.strategies.pipelines import dividing, moved_cuts, stages_plan
 
 __all__ = ["neighbours"]
 
-STRATEGY = "refined"
+_STRATEGY = "refined"
 
 
 def neighbours(problem: Problem, plan: Plan, part: float) -> list[Plan]:
@@ -31,7 +32,7 @@ def neighbours(problem: Problem, plan: Plan, part: float) -> list[Plan]:
         counts = whole_units([r.share for r in plan.replicas], units)
         return [
             plan.with_(
-                strategy=STRATEGY,
+                strategy=_STRATEGY,
                 replicas=tuple(replace(r, share=c / units) for r, c in zip(plan.replicas, moved, strict=True) if c > 0),
             )
             for moved in moved_counts(counts, max(1, round(part * units)))
@@ -39,10 +40,10 @@ def neighbours(problem: Problem, plan: Plan, part: float) -> list[Plan]:
     if plan.shape != "stages":
         return []
     row, count = plan.assignment_array(problem), plan.microbatches
-    step = max(1, round(part * problem.num_ops / 2))
+    step = max(1, round(part * forward_ops(problem.graph)[0]))
     found = [
-        stages_plan(problem, moved, strategy=STRATEGY, microbatches=count) for moved in moved_cuts(problem, row, step)
+        stages_plan(problem, moved, strategy=_STRATEGY, microbatches=count) for moved in moved_cuts(problem, row, step)
     ]
     for other in dividing((count // 2, count * 2), problem.batch_size):
-        found.append(plan.with_(strategy=STRATEGY, microbatches=other))
+        found.append(plan.with_(strategy=_STRATEGY, microbatches=other))
     return found
