@@ -4,7 +4,8 @@ The best few plans are screened in short interleaved runs; those that gain (→ 
 run decides (→ `choose`). A plan replaces plain PyTorch only when it computes the same, and is better in the objective
 by more than the A/A noise measured in the same run, with the whole interval of its median gain above 1. Both shrink
 with the number of rounds. Plain `torch.compile`, where it ran, is a second guard: a plan that is to be kept instead of
-it must gain more, by more than the noise. The gain of a plan over plain PyTorch is
+it must gain more, and the whole interval of its median speed-up over it in the same run must lie above 1, or the gain
+must be more by more than the noise. The gain of a plan over plain PyTorch is
 
     (latency ratio)^(1-w) * (energy ratio)^w          → `gain_interval`
 
@@ -185,7 +186,7 @@ def choose(
     winners = [c for c, refusal in zip(candidates[1:], refusals, strict=True) if refusal is None]
     guard = next((c for c in winners if _is_compile(c)), None)
     best = max(winners, key=lambda c: c.gain or 0.0, default=plain)
-    if guard is not None and (best.gain or 0.0) <= (guard.gain or 0.0) * (1.0 + noise):
+    if guard is not None and not _beats(best, guard, noise):
         best = guard
     verdicts = ["kept: nothing beats it beyond the noise" if best is plain else "baseline"]
     for candidate, refusal in zip(candidates[1:], refusals, strict=True):
@@ -196,6 +197,17 @@ def choose(
         else:
             verdicts.append(refusal or f"slower than {best.label}")
     return [replace(c, kept=c is best, verdict=verdict) for c, verdict in zip(candidates, verdicts, strict=True)]
+
+
+def _beats(candidate: Candidate, guard: Candidate, noise: float) -> bool:
+    """Return whether a plan is to be kept instead of plain `torch.compile`."""
+    if (candidate.gain or 0.0) <= (guard.gain or 0.0) or candidate.measured is None or guard.measured is None:
+        return False
+    if (candidate.gain or 0.0) > (guard.gain or 0.0) * (1.0 + noise):
+        return True
+    ours, theirs = candidate.measured.samples_ms, guard.measured.samples_ms
+    rounds = min(len(ours), len(theirs))
+    return pair_interval(theirs[:rounds], ours[:rounds])[0] > 1.0
 
 
 def _is_compile(candidate: Candidate) -> bool:

@@ -24,7 +24,7 @@ from autoplace.plan import Plan
 from autoplace.problem import Problem
 from autoplace.proposals import merge, predict_again, select, select_new
 from autoplace.result import Candidate
-from autoplace.rounds import COMPILED, Rounds
+from autoplace.rounds import COMPILED, COMPILED_CPP, Rounds
 from autoplace.workload import Workload
 
 if TYPE_CHECKING:
@@ -180,13 +180,16 @@ class Contest:
         from autoplace.knob_search import search_knobs
 
         trials = Trials(self._workload, self._config, self._rounds, rows, num_ops=self._captured.graph.num_ops)
+        allowed, asked = self._config.compile is not False, self._config.compile is True
+        on_cpu = self._on_cpu()
         if self._config.knob_trials > 0 and self._rounds.left_s("search") > 0:
             exported = self._captured.rung == "export"
             space = KnobSpace(
                 bases=tuple(knob_bases(rows, self._workload, self._problem, exported=exported)),
                 cluster=self._problem.cluster,
                 batch_size=self._workload.batch_size,
-                compiled=self._config.compile is not False,
+                compiled=allowed,
+                cpp_wrapper=on_cpu,
                 channels_last=has_images(self._workload),
                 precisions=self._precisions(),
             )
@@ -200,12 +203,17 @@ class Contest:
                 refuse=trials.refuse,
                 spent=lambda: self._rounds.left_s("search") <= 0,
             )
-        allowed, asked = self._config.compile is not False, self._config.compile is True
-        if allowed and not trials.knows(COMPILED) and (asked or self._rounds.left_s("search") > 0):
-            trials.measure(COMPILED, knob_label(COMPILED), lambda _gains: False)
+        for plan in (COMPILED_CPP, COMPILED) if on_cpu else (COMPILED,):
+            if allowed and not trials.knows(plan) and (asked or self._rounds.left_s("search") > 0):
+                trials.measure(plan, knob_label(plan), lambda _gains: False)
         if trials.not_compiled:
             self.notes.append(f"Plans were not compiled: {trials.not_compiled}.")
         return trials.rows
+
+    def _on_cpu(self) -> bool:
+        """Return whether neither the model nor a plan has anything on a GPU, for which C++ that calls is untried."""
+        held = [*self._workload.model.parameters(), *self._workload.model.buffers()]
+        return all(t.device.type == "cpu" for t in held) and all(d.kind == "cpu" for d in self._problem.cluster.devices)
 
     def _precisions(self) -> tuple[str, ...]:
         kinds = {p.dtype for p in self._workload.model.parameters() if p.is_floating_point()}

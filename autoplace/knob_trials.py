@@ -1,7 +1,8 @@
 """Trials of the knobs as real runs: each plan beside plain PyTorch, and which plans are not worth one.
 
 Compiling is tried first on plain PyTorch, and by itself only where it can be expected to fit half of what is left of
-the budget. Other plans are compiled when that went well, and are expected to cost what the first one did.
+the budget. Other plans are compiled when that went well, and are expected to cost what the first one did. The same goes
+for `cpp_wrapper`, which plain PyTorch is compiled with first, and without it after that, as the second guard.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from autoplace.measure.compiling import compiler_refusal, estimate_compile_s
 from autoplace.plan import Plan
 from autoplace.proposals import with_unique_labels
 from autoplace.result import Candidate
-from autoplace.rounds import COMPILED, Rounds
+from autoplace.rounds import COMPILED, COMPILED_CPP, Rounds
 from autoplace.workload import Workload
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Trials"]
 
 _HOPELESS = 0.9
-"""Where plain `torch.compile` is this much slower than plain PyTorch, no other plan is compiled."""
+"""Where compiled plain PyTorch is this much slower than plain PyTorch, no other plan is compiled so."""
+_ALONE = (COMPILED, COMPILED_CPP)
+"""Plain PyTorch, compiled."""
 
 
 class Trials:
@@ -51,7 +54,7 @@ class Trials:
         candidate = Candidate(label=label, plan=plan)
         *_, candidate = with_unique_labels([*self._known, *self.rows, candidate])
         # Who asks for compiling by name gets it, even where it takes longer than the budget.
-        unbounded = plan == COMPILED and self._config.compile is True
+        unbounded = plan in _ALONE and self._config.compile is True
         row = self._rounds.trial(candidate, report, None if unbounded else self._rounds.until_s("search"))
         self.rows.append(row)
         return row.gain
@@ -70,15 +73,17 @@ class Trials:
         reason = self._rounds.unfit(plan)
         if not plan.compiled:
             return reason
-        first = next((c for c in self.rows if c.plan == COMPILED), None)
-        if first is None:
+        tried = [c for c in self.rows if c.plan in _ALONE]
+        if not tried:
             self.not_compiled = self.not_compiled or reason or self._cannot_compile()
-            return self.not_compiled or ("" if plan == COMPILED else "plain PyTorch is compiled first")
-        if (first.speedup or 0.0) < _HOPELESS:
-            return "compiling plain PyTorch did not help"
-        if self._rounds.compile_s(COMPILED) > self._rounds.left_s("decide") / 2:
+            return self.not_compiled or ("" if plan in _ALONE else "plain PyTorch is compiled first")
+        asked = plan in _ALONE and self._config.compile is True
+        if not asked and max(c.compile_s for c in tried) > self._rounds.left_s("decide") / 2:
             return "compiling it does not fit the budget"
-        return reason
+        first = next((c for c in tried if c.plan.cpp_wrapper == plan.cpp_wrapper), None)
+        if first is None:
+            return reason if plan in _ALONE else "plain PyTorch is compiled first"
+        return "compiling plain PyTorch did not help" if (first.speedup or 0.0) < _HOPELESS else reason
 
     def _cannot_compile(self) -> str:
         if self._config.compile == "auto":

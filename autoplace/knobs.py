@@ -73,6 +73,8 @@ class KnobSpace:
     batch_size: int
     compiled: bool = False
     """Whether plans may be compiled."""
+    cpp_wrapper: bool = False
+    """Whether C++ may call a compiled plan's kernels."""
     channels_last: bool = False
     """Whether images may be laid out channels last."""
     precisions: tuple[str, ...] = ("float32",)
@@ -86,9 +88,15 @@ class KnobSpace:
         knobs: dict[str, Sequence[Any]] = {
             "channels_last": (False, True) if self.channels_last else (),
             "precision": self.precisions,
-            "compiled": (False, True) if self.compiled else (),
+            "compiled": self._compiling(),
         }
         return {name: values for name, values in knobs.items() if len(values) > 1}
+
+    def _compiling(self) -> tuple[str, ...]:
+        """Return the values of `compiled`; what is likely to be fastest comes before what it has to beat."""
+        if not self.compiled:
+            return ()
+        return ("no", "cpp wrapper", "default") if self.cpp_wrapper else ("no", "default")
 
     def start(self, base: Base) -> dict[str, Any]:
         """Return the point of a base as the planner left it."""
@@ -111,7 +119,8 @@ class KnobSpace:
         """Return the plan of a point; None when a part of it would have no sample."""
         base = self.base(str(point["base"]))
         plan = base.plan.with_(
-            compiled=bool(point.get("compiled", False)),
+            compiled=point.get("compiled", "no") != "no",
+            cpp_wrapper=point.get("compiled") == "cpp wrapper",
             channels_last=bool(point.get("channels_last", False)),
             precision=str(point.get("precision", "float32")),
         )
@@ -145,7 +154,9 @@ class KnobSpace:
         spread = [b for b in self.bases if b.plan.shape not in ("plain", "single")]
         for name, values in self.shared_knobs().items():
             if name == "compiled":
-                yield from ((base.name, {ALONE: True, name: True}) for base in whole if base.plan.is_plain)
+                for value in values[1:]:
+                    yield from ((base.name, {ALONE: True, name: value}) for base in whole if base.plan.is_plain)
+                values = values[:2]
             for base in whole:
                 yield from ((base.name, {name: value}) for value in values[1:])
         for base in whole:
@@ -199,7 +210,7 @@ def knob_label(plan: Plan) -> str:
     """Return a short name of a plan and its knobs, for example `replicas 0.50/0.50 + compile`."""
     knobs = ["channels last"] if plan.channels_last else []
     knobs += [plan.precision] if plan.precision != "float32" else []
-    knobs += ["compile"] if plan.compiled else []
+    knobs += ["compile" + " (C++ wrapper)" * plan.cpp_wrapper] if plan.compiled else []
     knobs += [plan.engine] if plan.engine != "threads" else []
     if plan.is_plain and knobs == ["compile"]:
         return "plain torch.compile"

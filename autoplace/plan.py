@@ -65,6 +65,9 @@ class Plan:
     parameters' memory, for replicas; or stage functions cut from the exported `graph`, for stages."""
     compiled: bool = False
     """Whether modules run through `torch.compile`."""
+    cpp_wrapper: bool = False
+    """Whether C++ calls the kernels that `torch.compile` makes (Inductor's `cpp_wrapper`), without Python and its lock
+    between them; for compiled plans alone."""
     channels_last: bool = False
     """Whether image inputs of four dimensions are laid out channels last before the model sees them."""
     precision: str = "float32"
@@ -80,6 +83,8 @@ class Plan:
             raise PlanFileError(f"microbatches is {self.microbatches}; use 1 or more")
         if self.engine not in ENGINES:
             raise PlanFileError(f"engine is {self.engine!r}; use one of {', '.join(ENGINES)}")
+        if self.cpp_wrapper and not self.compiled:
+            raise PlanFileError("cpp_wrapper is set and compiled is not; set both, or neither")
 
     @staticmethod
     def plain() -> Plan:
@@ -157,6 +162,7 @@ class Plan:
             "threads": dict(self.threads),
             "engine": self.engine,
             "compiled": self.compiled,
+            "cpp_wrapper": self.cpp_wrapper,
             "channels_last": self.channels_last,
             "precision": self.precision,
             "graph_fingerprint": self.graph_fingerprint,
@@ -189,6 +195,7 @@ class Plan:
                 threads={str(k): int(v) for k, v in data.get("threads", {}).items()},
                 engine=str(data.get("engine", "threads")),
                 compiled=bool(data.get("compiled", False)),
+                cpp_wrapper=bool(data.get("cpp_wrapper", False)),
                 channels_last=bool(data.get("channels_last", False)),
                 precision=str(data.get("precision", "float32")),
                 graph_fingerprint=str(data.get("graph_fingerprint", "")),

@@ -75,7 +75,7 @@ def search(found, gain, trials=40, seed=0, known=None, **rest):
 def test_points_become_plans():
     whole = space(compiled=True, channels_last=True, precisions=("float32", "bfloat16"))
     assert [whole.plan(whole.start(b)) for b in whole.bases] == [Plan.plain(), SINGLE, REPLICAS, STAGES]
-    point = {"base": "stages", "stages microbatches": 4, "stages engine": "graph", "compiled": True}
+    point = {"base": "stages", "stages microbatches": 4, "stages engine": "graph", "compiled": "default"}
     assert whole.plan(point) == STAGES.with_(microbatches=4, engine="graph", compiled=True)
     point = {"base": "single", "single threads": 2, "channels_last": True, "precision": "bfloat16"}
     assert whole.plan(point) == SINGLE.with_(threads={A: 2}, channels_last=True, precision="bfloat16")
@@ -99,7 +99,7 @@ def test_cheap_moves_come_first():
     names = [list(change)[-1] for _, change in moves]
     assert names.index("channels_last") < names.index("compiled") < names.index("adopt")
     assert {name for name, _ in moves[: names.index("adopt")]} == {"plain", "single"}
-    assert moves[names.index("compiled")] == ("plain", {"alone": True, "compiled": True})
+    assert moves[names.index("compiled")] == ("plain", {"alone": True, "compiled": "default"})
 
 
 def test_in_line_threads():
@@ -112,6 +112,7 @@ def test_in_line_threads():
 def test_labels():
     assert knob_label(Plan.plain().with_(compiled=True)) == "plain torch.compile"
     assert knob_label(REPLICAS.with_(compiled=True)) == "replicas 0.50/0.50 + compile"
+    assert knob_label(Plan.plain().with_(compiled=True, cpp_wrapper=True)) == "plain + compile (C++ wrapper)"
     assert knob_label(SINGLE.with_(threads={A: 2}, channels_last=True)) == "single cpu:0 (2 threads) + channels last"
     assert knob_label(STAGES.with_(engine="graph", precision="bfloat16")) == "test x2 + bfloat16 + graph"
 
@@ -141,6 +142,13 @@ def test_multi_device_plans_adopt_what_helped_the_whole_model():
     machine = search(space(channels_last=True), lambda plan: 1.4 if plan.channels_last else 0.95, trials=9)
     spread = [p for p in machine.plans if p.shape == "replicas" and p != REPLICAS]
     assert spread[0].channels_last and spread[0].engine == "threads"
+
+
+def test_cpp_wrapper_is_tried_before_the_plain_compile_that_it_has_to_beat():
+    machine = search(space(compiled=True, cpp_wrapper=True), lambda plan: 1.0 + 0.1 * plan.compiled)
+    compiled = [p for p in machine.plans if p.compiled]
+    assert compiled[:2] == [Plan.plain().with_(compiled=True, cpp_wrapper=cpp) for cpp in (True, False)]
+    assert any(p.cpp_wrapper and p.shape == "single" for p in compiled)
 
 
 def test_plain_pytorch_is_compiled_before_anything_else_is():

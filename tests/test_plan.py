@@ -65,10 +65,16 @@ def test_microbatches_must_be_one_or_more():
         Plan(replicas=(), strategy="test", microbatches=0)
 
 
+def test_only_compiled_plans_have_a_cpp_wrapper():
+    with pytest.raises(PlanFileError, match="cpp_wrapper is set and compiled is not"):
+        Plan.plain().with_(cpp_wrapper=True)
+
+
 def test_the_file_round_trips(tmp_path):
     plan = Plan(
         replicas=(replica(0, 1, 0.5), replica(1, 1, 0.5)),
-        strategy="test", microbatches=3, threads={"h/cpu:0": 2}, compiled=True, precision="bfloat16",
+        strategy="test", microbatches=3, threads={"h/cpu:0": 2}, compiled=True, cpp_wrapper=True,
+        precision="bfloat16",
         graph_fingerprint="g", cluster_fingerprint="c",
     )  # fmt: skip
     for one in (plan, Plan.plain()):

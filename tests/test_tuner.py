@@ -263,6 +263,8 @@ def test_compiled_plans_compete_and_say_what_compiling_took(cluster, workload):
     assert compiled.measured is not None and compiled.measured.feasible, compiled.verdict
     assert compiled.label.startswith("plain torch.compile") and compiled.compile_s > 0
     assert compiled.gain < compiled.speedup, "compiling has to be paid back"
+    cpp = next(c for c in result.candidates if c.plan == compiled.plan.with_(cpp_wrapper=True))
+    assert cpp.measured is not None and cpp.measured.feasible and cpp.compile_s > 0, cpp.verdict
     assert json.loads(json.dumps(result.to_json()))["candidates"][0]["compile_s"] == 0.0
 
 

@@ -106,9 +106,13 @@ def _why_plain(row: Candidate | None, sound: str, facts: Mapping[str, Any], resu
     return f"; the tuning had kept {result.chosen.label}" if result is not None else ""
 
 
+def _compiled(plan: Plan) -> str:
+    return ("compiled" + ", kernels called from C++" * plan.cpp_wrapper) if plan.compiled else "not compiled"
+
+
 def _how(plan: Plan) -> str:
     """Return the knobs that all devices share."""
-    knobs = [f"run by {_ENGINES[plan.engine]}", "compiled" if plan.compiled else "not compiled", plan.precision]
+    knobs = [f"run by {_ENGINES[plan.engine]}", _compiled(plan), plan.precision]
     if plan.channels_last:
         knobs.append("images channels last")
     if plan.microbatches > 1:

@@ -151,7 +151,7 @@ def describe_plan(plan: Plan) -> str:
     if plan.engine != "threads":
         knobs.append(f"by {plan.engine}")
     if plan.compiled:
-        knobs.append("compiled")
+        knobs.append("compiled" + " with the C++ wrapper" * plan.cpp_wrapper)
     if plan.channels_last:
         knobs.append("channels last")
     if plan.precision != "float32":

@@ -12,13 +12,16 @@ compiles nothing again.
 2. A first call runs alone, under a lock: two threads that miss the same code would both compile it. It compiles the
    backward too, so that no worker compiles in the middle of a backward, and without donated buffers, which forbid
    `retain_graph=True`. Hooks of modules are guarded, so that one added later runs.
-3. Nothing falls back to eager silently: where TorchDynamo gives up, or compiles no part of a whole model, the call
+3. With `cpp_wrapper` the generated code is one C++ function that calls all kernels without holding Python's lock:
+   callers in several threads run at once, and small kernels do not wait for Python.
+4. Nothing falls back to eager silently: where TorchDynamo gives up, or compiles no part of a whole model, the call
    raises an ExecutionError. Single operations that it leaves to Python (graph breaks) are no reason.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 import types
@@ -63,9 +66,33 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callab
     return cast(Callable[..., Any], compile_fx(graph, inputs))
 
 
+def _inductor_cpp(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    """Do the same with `cpp_wrapper` (see note 3)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    _local.compiles += 1
+    with _without_hints():
+        return cast(Callable[..., Any], compile_fx(graph, inputs, config_patches={"cpp_wrapper": True}))
+
+
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """Hold back a warning for each operator that C++ has to call in a slower way; whether it pays is measured."""
+    logger = logging.getLogger("torch._inductor.ir")
+
+    def matters(record: logging.LogRecord) -> bool:
+        return "c-shim" not in record.getMessage()
+
+    logger.addFilter(matters)
+    try:
+        yield
+    finally:
+        logger.removeFilter(matters)
+
+
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Hold TorchDynamo's settings for first calls (see notes 2 and 3); they are those of the calling thread alone."""
+    """Hold TorchDynamo's settings for first calls (see notes 2 and 4); they are those of the calling thread alone."""
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
 
@@ -112,9 +139,14 @@ def _no_donated_buffers() -> Iterator[None]:
 
 
 class Compiler:
-    """Has the callables of one executor compiled."""
+    """Has the callables of one executor compiled.
 
-    def __init__(self) -> None:
+    Args:
+        cpp_wrapper: Whether C++ calls the kernels (see note 3).
+    """
+
+    def __init__(self, *, cpp_wrapper: bool = False) -> None:
+        self._backend = _inductor_cpp if cpp_wrapper else _inductor
         self._lock = threading.Lock()
         self._seconds = 0.0
 
@@ -134,7 +166,7 @@ class Compiler:
                 executor alone.
             whole: Whether to raise when nothing at all of it can be compiled.
         """
-        code, target = _code_of(module, function)
+        code, target = _code_of(module, function, self._backend)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return code.call(self, target, args, kwargs, whole)
@@ -157,10 +189,12 @@ def _call_method(
     return method(module, *args, **kwargs)
 
 
-def _fresh(template: Callable[..., Any], name: str, dynamic: bool | None) -> Callable[..., Any]:
+def _fresh(
+    template: Callable[..., Any], name: str, backend: Callable[..., Any], dynamic: bool | None
+) -> Callable[..., Any]:
     """Return a compiled copy of a function, with a code object of its own name (see note 1)."""
     code = template.__code__.replace(co_name=f"{name}_{next(_numbers)}")
-    return torch.compile(types.FunctionType(code, template.__globals__), backend=_inductor, dynamic=dynamic)
+    return torch.compile(types.FunctionType(code, template.__globals__), backend=backend, dynamic=dynamic)
 
 
 class _Code:
@@ -169,10 +203,11 @@ class _Code:
     Args:
         template: `_call` or `_call_method`.
         name: What error messages and profiles call it.
+        backend: Compiles the graphs of it.
     """
 
-    def __init__(self, template: Callable[..., Any], name: str) -> None:
-        self._template, self._name = template, name
+    def __init__(self, template: Callable[..., Any], name: str, backend: Callable[..., Any]) -> None:
+        self._template, self._name, self._backend = template, name, backend
         self._static: dict[Any, Callable[..., Any]] = {}
         self._dynamic: Callable[..., Any] | None = None
         self._warm: dict[Any, Callable[..., Any]] = {}
@@ -241,10 +276,10 @@ class _Code:
     def _function(self, shapes: tuple[Any, ...]) -> Callable[..., Any]:
         if shapes not in self._static and len(self._static) >= _MOST_STATIC:
             if self._dynamic is None:
-                self._dynamic = _fresh(self._template, self._name, True)
+                self._dynamic = _fresh(self._template, self._name, self._backend, True)
             return self._dynamic
         if shapes not in self._static:
-            self._static[shapes] = _fresh(self._template, self._name, None)
+            self._static[shapes] = _fresh(self._template, self._name, self._backend, None)
         return self._static[shapes]
 
 
@@ -253,11 +288,15 @@ def _signature(values: Any) -> tuple[Any, ...]:
     return tuple([(v.shape, v.dtype) if isinstance(v, torch.Tensor) else type(v) for v in values])
 
 
-_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Code]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, Callable[..., Any]], _Code]] = (
+    weakref.WeakKeyDictionary()
+)
 _known_lock = threading.Lock()
 
 
-def _code_of(module: torch.nn.Module, function: Callable[..., Any] | None) -> tuple[_Code, tuple[Any, ...]]:
+def _code_of(
+    module: torch.nn.Module, function: Callable[..., Any] | None, backend: Callable[..., Any]
+) -> tuple[_Code, tuple[Any, ...]]:
     """Return the code for a callable of a module, and the arguments that come before its inputs."""
     name = type(module).__name__
     kind, template = "call", cast(Callable[..., Any], _call)
@@ -265,12 +304,12 @@ def _code_of(module: torch.nn.Module, function: Callable[..., Any] | None) -> tu
     if isinstance(function, types.MethodType) and function.__self__ is module:
         kind, template, target = f"method {id(function.__func__)}", _call_method, (function.__func__, module)
     elif function is not None and function is not module:
-        return _Code(_call, name), (function,)
+        return _Code(_call, name, backend), (function,)
     with _known_lock:
         codes = _known.setdefault(module, {})
-        if kind not in codes:
-            codes[kind] = _Code(template, name)
-        return codes[kind], target
+        if (kind, backend) not in codes:
+            codes[kind, backend] = _Code(template, name, backend)
+        return codes[kind, backend], target
 
 
 def _raise_clearly(error: Exception, name: str) -> None:

@@ -29,7 +29,7 @@ class Identity(Executor):
     def __init__(self, model: torch.nn.Module, plan: Plan, cluster: Cluster) -> None:
         super().__init__(model, plan, cluster)
         self._dtype = autocast_dtype(plan.precision)
-        self._compiler = Compiler()
+        self._compiler = Compiler(cpp_wrapper=plan.cpp_wrapper)
         self._call: Callable[..., Any] = self._compiler.wrap(model, whole=True) if plan.compiled else model
         self._plain = self._dtype is None and not plan.channels_last
 

@@ -107,7 +107,7 @@ class InlineDevice(Executor):
             raise ExecutionError("the plan needs a thread of its own; let build_executor choose")
         self._seat, self._device = seat, seat.torch_device
         self._dtype = autocast_dtype(plan.precision)
-        self._compiler = Compiler()
+        self._compiler = Compiler(cpp_wrapper=plan.cpp_wrapper)
         self._call: Callable[..., Any] = self._compiler.wrap(model, whole=True) if plan.compiled else model
         self._plain = self._dtype is None and not plan.channels_last
         self._ledger = Ledger()

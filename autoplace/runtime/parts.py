@@ -61,7 +61,7 @@ class PartsExecutor(Executor):
         replicas = [routing.resolve(model, replica.assignment, cluster) for replica in plan.replicas]
         self._targets = [{id(target.module): target for target in targets} for targets in replicas]
         self._labels = {key: target.path or "model" for targets in self._targets for key, target in targets.items()}
-        self._compiler = Compiler()
+        self._compiler = Compiler(cpp_wrapper=plan.cpp_wrapper)
         self._turns = Turns()
         self._controls: list[Site] = []
         self._gated: list[torch.nn.Module] = []

@@ -110,6 +110,7 @@ class Start:
     seed: int
     precision: str
     compiled: bool
+    cpp_wrapper: bool
     channels_last: bool
 
 
@@ -204,11 +205,14 @@ class Runner:
         model: The model.
         precision: A key of `sites.PRECISIONS`.
         compiled: Whether it goes through `torch.compile`.
+        cpp_wrapper: Whether C++ calls the kernels then.
         channels_last: Whether image inputs are laid out channels last.
     """
 
-    def __init__(self, model: torch.nn.Module, *, precision: str, compiled: bool, channels_last: bool) -> None:
-        self._compiler = Compiler()
+    def __init__(
+        self, model: torch.nn.Module, *, precision: str, compiled: bool, cpp_wrapper: bool, channels_last: bool
+    ) -> None:
+        self._compiler = Compiler(cpp_wrapper=cpp_wrapper)
         self._function: Callable[..., Any] = self._compiler.wrap(model, whole=True) if compiled else model
         self._dtype = autocast_dtype(precision)
         self._channels_last = channels_last
@@ -287,7 +291,11 @@ class _Worker:
         self._inputs, self._outputs = Slab(start.inputs_fd), Slab(start.outputs_fd)
         self._model = receive_model(start.shipment)
         self._runner = Runner(
-            self._model, precision=start.precision, compiled=start.compiled, channels_last=start.channels_last
+            self._model,
+            precision=start.precision,
+            compiled=start.compiled,
+            cpp_wrapper=start.cpp_wrapper,
+            channels_last=start.channels_last,
         )
         self._parameters = list(self._model.parameters())
         self._graphs: dict[int, _Graph] = {}

@@ -114,6 +114,7 @@ class ProcessReplicas(Executor):
         knobs: dict[str, Any] = {
             "precision": plan.precision,
             "compiled": plan.compiled,
+            "cpp_wrapper": plan.cpp_wrapper,
             "channels_last": plan.channels_last,
         }
         self._runner = Runner(model, **knobs)

@@ -101,7 +101,7 @@ class StageGraph(Executor):
         self._closed = False
         self._members = [m._parameters for m in model.modules() if m._parameters]
         self._workers = Workers(plan, cluster, plan.devices)
-        self._compiler = Compiler()
+        self._compiler = Compiler(cpp_wrapper=plan.cpp_wrapper)
         self._places = {name: _Place(w, plan, self._compiler) for name, w in self._workers.by_name.items()}
         with ExitStack() as stack:
             stack.callback(self.close)
