@@ -15,6 +15,7 @@ that is written into a `forward`, which the check of the plan meets.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Any
@@ -139,18 +140,25 @@ def _checkpoint_reason(modules: Iterable[torch.nn.Module], plan: Plan, parts: in
 
 
 class _Registrations:
-    """Counts registrations of modules in the whole process, from the first use on."""
+    """Counts registrations in modules that are watched, from the first use on.
+
+    Many models slice a `ModuleList` in every forward, which makes a new one. TorchDynamo traces the hook with that: a
+    count that it could see would be a constant of the compiled code, which would be compiled again at every call.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self._parents: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._handle: RemovableHandle | None = None
 
-    def watch(self) -> None:
+    def watch(self, modules: Iterable[torch.nn.Module]) -> None:
+        self._parents.update(modules)
         if self._handle is None:
             self._handle = torch_module.register_module_module_registration_hook(self._seen)
 
-    def _seen(self, *_: Any) -> None:
-        self.count += 1
+    def _seen(self, parent: torch.nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling() and parent in self._parents:
+            self.count += 1
 
 
 _registrations = _Registrations()
@@ -190,9 +198,10 @@ class Habits:
     """
 
     def __init__(self, model: torch.nn.Module, plan: Plan, *, training: bool) -> None:
-        _registrations.watch()
+        modules = list(model.modules())
+        _registrations.watch(modules)
         self._model, self._plan, self._training = model, plan, training
-        self._modules = [id(module) for module in model.modules()]
+        self._modules = [id(module) for module in modules]
         self._registered = _registrations.count
         self._frozen = _simple_attributes(self._model) if plan.engine == "graph" else []
         self._look()

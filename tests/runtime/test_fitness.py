@@ -139,3 +139,30 @@ def test_habits_notice_attributes_that_a_graph_holds_as_constants(plans):
         assert graph.reason() == ""
     del model.scale
     assert "attributes of the model changed" in graph.reason()
+
+
+class Slices(torch.nn.Module):
+    """Makes a new ModuleList in every forward, as decoders do that loop over `self.layers[:n]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers[:2]:
+            x = layer(x)
+        return x
+
+
+def test_module_lists_made_in_forward_are_no_news(plans, monkeypatch):
+    model, x = Slices(), torch.ones(1, 2)
+    habits = Habits(model, plans.single, training=False)
+    monkeypatch.setattr(habits, "_look", lambda: pytest.fail("nothing of the model has changed"))
+    model(x)
+    assert habits.reason() == ""
+    compiled = []
+    call = torch.compile(model, backend=lambda graph, _inputs: compiled.append(graph) or graph.forward)
+    for _ in range(4):
+        call(x)
+        model.layers[1:]
+    assert len(compiled) == 1, "a count of what registers is no constant of compiled code"
