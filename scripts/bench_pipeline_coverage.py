@@ -2,8 +2,9 @@
 
 One training step (no dropout) of every architecture of the acceptance list, on two processes over gloo. Plain PyTorch's
 loss and every gradient are what counts; tolerances are those of `measure.check`. autoplace cuts the exported graph at
-half of the cost (`acceptance_cases.halves`). `torch.distributed.pipelining.pipeline()` is asked to cut at each of a few
-submodules around the middle, and counts as right if any of these runs and gives the right gradients. → `split_points`
+half of the cost (`acceptance_cases.halves`). `torch.distributed.pipelining.pipeline()` is given the model as it is, and
+in a module that takes tensors by position and returns the loss (→ `_losing`), each time with a cut at each of a few
+submodules around the middle (→ `split_points`); it counts as right if any of these runs and gives the right gradients.
 
 Contenders run in processes of their own; a pair that is silent for too long is ended, and its architecture counts as
 hanging. Rows are kept in `build/pipeline_coverage.jsonl` as they come, so that a run that was stopped goes on.
@@ -22,9 +23,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from acceptance_models import ARCHITECTURES, names
 from results import save
@@ -117,10 +119,10 @@ def _torch(name: str, session: Any, microbatches: int) -> str:
         case.model.config.use_cache = False  # its exporter does not know the cache's type
     with no_dropout(case.model):
         case.expected = case.pass_(case.model)
-        for point in split_points(case.model):
+        for form, point in product((_as_it_is, _losing), split_points(case.model)):
             case.model.zero_grad(set_to_none=True)
             try:
-                reason = _torch_at(case, point, session, microbatches)
+                reason = _torch_at(case, form(case), point, session, microbatches)
             except Exception as error:
                 reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
             reason = next((text for text in session.gather(reason) if text), "")
@@ -130,6 +132,43 @@ def _torch(name: str, session: Any, microbatches: int) -> str:
             if "Connection" in reason or "timed out" in reason.lower():
                 break
     return "; ".join(reasons[:1]) or "no submodule to cut at"
+
+
+class _Form(NamedTuple):
+    """How a model is handed to torch's `pipeline()`."""
+
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    prefix: str
+    """Of the model's names in the module."""
+    loss: Callable[[Any], Any]
+    """Of the module's output."""
+
+
+def _as_it_is(case: Any) -> _Form:
+    from autoplace.workload import default_loss
+
+    return _Form(case.model, (), dict(case.inputs), "", default_loss)
+
+
+def _losing(case: Any) -> _Form:
+    """Return the model in a module that takes tensors by position and returns the loss, one number a microbatch."""
+    import torch
+
+    from autoplace.workload import default_loss
+
+    names = tuple(case.inputs)
+
+    class Losing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = case.model
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return default_loss(self.model(**dict(zip(names, inputs, strict=True)))).reshape(1)
+
+    return _Form(Losing(), tuple(case.inputs.values()), {}, "model.", torch.mean)
 
 
 def split_points(model: Any) -> list[str]:
@@ -147,31 +186,32 @@ def split_points(model: Any) -> list[str]:
     return list(dict.fromkeys(points))[:_MOST_POINTS]
 
 
-def _torch_at(case: Any, point: str, session: Any, microbatches: int) -> str:
+def _torch_at(case: Any, form: _Form, point: str, session: Any, microbatches: int) -> str:
     import torch
     from torch.distributed.pipelining import ScheduleGPipe, SplitPoint, pipeline
 
-    from autoplace.workload import default_loss
+    def part(value: Any) -> Any:
+        return value[: len(value) // microbatches]
 
-    parts = {k: v[: len(v) // microbatches] for k, v in case.inputs.items()}
-
-    def cut() -> Any:
-        pipe = pipeline(case.model, mb_args=(), mb_kwargs=parts, split_spec={point: SplitPoint.BEGINNING})
-        if pipe.num_stages != 2:
-            raise ValueError(f"it made {pipe.num_stages} stages")
-        return pipe
-
-    pipe = cut()
+    pipe = pipeline(
+        form.module,
+        mb_args=tuple(map(part, form.args)),
+        mb_kwargs={key: part(value) for key, value in form.kwargs.items()},
+        split_spec={form.prefix + point: SplitPoint.BEGINNING},
+    )
+    if pipe.num_stages != 2:
+        raise ValueError(f"it made {pipe.num_stages} stages")
     stage = pipe.build_stage(session.rank, torch.device("cpu"))
-    schedule = ScheduleGPipe(stage, microbatches, loss_fn=lambda output, _target: default_loss(output))
+    schedule = ScheduleGPipe(stage, microbatches, loss_fn=lambda output, _target: form.loss(output))
     losses: list[torch.Tensor] = []
     # A stage takes the inputs that it uses itself by keyword; the first one refuses others.
     takes = {node.name for node in stage.submod.graph.nodes if node.op == "placeholder"}
-    feed = {k: v for k, v in case.inputs.items() if k in takes}
-    schedule.step(**feed, target=torch.zeros(microbatches) if session.rank else None, losses=losses)
+    feed = {key: value for key, value in form.kwargs.items() if key in takes}
+    targets = torch.zeros(microbatches) if session.rank else None
+    schedule.step(*(form.args if session.rank == 0 else ()), **feed, target=targets, losses=losses)
     loss = torch.stack(losses).mean().item() if losses else 0.0
     loss = max(session.gather(loss), key=abs)
-    grads = {n: p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
+    grads = {n.removeprefix(form.prefix): p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
     return _differs(case, loss, grads, session)
 
 

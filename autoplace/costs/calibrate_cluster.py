@@ -3,11 +3,12 @@
 The factors are those of `ClusterFactors`: a speed a device, the all-reduce, the transfers, the dispatch of a stage,
 and the part of the overlap that is real. Those that some run depends on minimise, over the runs i,
 
-    sum_i huber(log(measured_i / predicted_i) / 0.05) + sum_f ((factor_f - prior_f) / spread_f)^2
+    sum_i huber(log(measured_i / predicted_i) / noise_i) + sum_f ((factor_f - prior_f) / spread_f)^2
 
-in the logarithms of the scales. The prior decides what the runs leave open: with data parallelism alone, a slow
-all-reduce and a poor overlap look the same. Solved by scipy's trust-region least squares, from the prior and from a
-prior with some dispatch; deterministic.
+in the logarithms of the scales. The noise of a run is 5 %, and on top of it, in squares, what its samples' usual
+deviation leaves in the median of as many (→ `_with_noise`): on a busy machine runs say less. The prior decides what the
+runs leave open: with data parallelism alone, a slow all-reduce and a poor overlap look the same. Solved by scipy's
+trust-region least squares, from the prior and from a prior with some dispatch; deterministic.
 
 It does not know that a device slows down as the ranks of its host work, other than in its one speed, nor links that
 differ from what was measured in other ways than all alike.
@@ -34,7 +35,9 @@ from autoplace.simulate.collectives import ClusterEvaluator
 __all__ = ["ClusterCalibration", "calibrate_cluster", "prediction_error"]
 
 _NOISE = 0.05
-"""Relative error of a prediction that is as good as a short real run can tell."""
+"""Relative error of a prediction that is as good as a short real run on an idle machine can tell."""
+_OF_MEDIAN = 1.2533
+"""Standard error of a median over that of a mean, of many samples of a normal distribution: sqrt(pi / 2)."""
 _HUBER = 2.0
 """Errors beyond this many times the noise count linearly."""
 _SOME_DISPATCH_MS = 0.5
@@ -130,6 +133,8 @@ def prediction_error(
 class _Run(NamedTuple):
     plan: Plan
     measured_ms: float
+    noise: float = _NOISE
+    """Relative error that the run may have."""
 
 
 class _Knob(NamedTuple):
@@ -146,16 +151,27 @@ class _Knob(NamedTuple):
 
 def _able(evaluator: ClusterEvaluator, plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> list[_Run]:
     """Return the runs that can be compared with a prediction."""
-    runs = []
+    runs, samples = [], []
     for plan, outcome in zip(plans, outcomes, strict=True):
         if plan.is_plain or not outcome.feasible or not 0.0 < outcome.latency_ms < math.inf:
             continue
         try:
             if 0.0 < evaluator.predict_ms(plan) < math.inf:
                 runs.append(_Run(plan, outcome.latency_ms))
+                samples.append(outcome.samples_ms)
         except PlanFileError:
             continue
-    return runs
+    return _with_noise(runs, samples)
+
+
+def _with_noise(runs: Sequence[_Run], samples: Sequence[Sequence[float]]) -> list[_Run]:
+    """Return the runs with their noise; the deviation of single samples is taken to be the same for all."""
+    spreads = [float(np.std(s, ddof=1) / np.mean(s)) for s in samples if len(s) > 1]
+    spread = float(np.median(spreads)) if spreads else 0.0
+    return [
+        run._replace(noise=math.hypot(_NOISE, _OF_MEDIAN * spread / math.sqrt(max(1, len(of_run)))))
+        for run, of_run in zip(runs, samples, strict=True)
+    ]
 
 
 def _error(evaluator: ClusterEvaluator, runs: Sequence[_Run]) -> PredictionError:
@@ -204,11 +220,13 @@ def _fit(
     start = np.asarray([knob.prior for knob in knobs])
     spreads = np.asarray([knob.spread for knob in knobs])
 
+    noises = np.asarray([run.noise for run in runs])
+
     def errors(values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the runs' errors and then the strays, each over its usual size."""
         other = evaluator.with_factors(_factors(values, knobs, prior))
         logs = [math.log(run.measured_ms / other.predict_ms(run.plan)) for run in runs]
-        return np.concatenate([np.asarray(logs) / _NOISE, (values - start) / spreads])
+        return np.concatenate([np.asarray(logs) / noises, (values - start) / spreads])
 
     def huber(squares: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the loss of squared errors and its two derivatives; the strays, which come last, count in full."""

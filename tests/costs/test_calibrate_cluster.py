@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,17 @@ def test_the_same_runs_teach_the_same(problem, plans):
     outcomes = real_runs(problem, plans[3:7], ClusterFactors(dispatch_ms=1.0))
     first, second = (calibrate_cluster(problem, plans[3:7], outcomes, prior=NEUTRAL) for _ in range(2))
     assert first == second
+
+
+def test_runs_of_a_busy_machine_say_less(problem, plans):
+    outcomes = real_runs(problem, plans[1:5], ClusterFactors(sync_scale=3.0))
+    busy = [replace(o, samples_ms=tuple(o.latency_ms * f for f in (0.7, 1.0, 1.3))) for o in outcomes]
+    calm = [replace(o, samples_ms=tuple(o.latency_ms * f for f in (0.999, 1.0, 1.001))) for o in outcomes]
+    unknown, steady, shaky = (
+        calibrate_cluster(problem, plans[1:5], runs, prior=NEUTRAL).factors.sync_scale
+        for runs in (outcomes, calm, busy)
+    )
+    assert steady == pytest.approx(unknown, rel=1e-3) and 1.0 < shaky < steady
 
 
 def test_noisy_runs_teach_what_other_runs_confirm(problem, plans):
