@@ -201,9 +201,10 @@ def choose(
 
 def _beats(candidate: Candidate, guard: Candidate, noise: float) -> bool:
     """Return whether a plan is to be kept instead of plain `torch.compile`."""
-    if (candidate.gain or 0.0) <= (guard.gain or 0.0) or candidate.measured is None or guard.measured is None:
+    ours_gain, theirs_gain = candidate.gain or 0.0, guard.gain or 0.0
+    if ours_gain <= theirs_gain or candidate.measured is None or guard.measured is None:
         return False
-    if (candidate.gain or 0.0) > (guard.gain or 0.0) * (1.0 + noise):
+    if ours_gain > theirs_gain * (1.0 + noise):
         return True
     ours, theirs = candidate.measured.samples_ms, guard.measured.samples_ms
     rounds = min(len(ours), len(theirs))

@@ -181,9 +181,8 @@ class Rounds:
         """
         if not plan.compiled:
             return 0.0
-        return self._evaluator.compile_s(plan) or self._evaluator.compile_s(
-            COMPILED_CPP if plan.cpp_wrapper else COMPILED
-        )
+        alone = COMPILED.with_(cpp_wrapper=plan.cpp_wrapper)
+        return self._evaluator.compile_s(plan) or self._evaluator.compile_s(alone)
 
     def trial(
         self, candidate: Candidate, report: Callable[[Sequence[float]], bool], until_s: float | None

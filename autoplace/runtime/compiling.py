@@ -58,21 +58,20 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-    """Compile a graph as `torch.compile` does by default, and count it for the thread that asked."""
+def _inductor(
+    graph: torch.fx.GraphModule, inputs: list[torch.Tensor], patches: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph as `torch.compile` does by default, patches apart, and count it for the thread that asked."""
     from torch._inductor.compile_fx import compile_fx
 
     _local.compiles += 1
-    return cast(Callable[..., Any], compile_fx(graph, inputs))
+    return cast(Callable[..., Any], compile_fx(graph, inputs, config_patches=patches))
 
 
 def _inductor_cpp(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
     """Do the same with `cpp_wrapper` (see note 3)."""
-    from torch._inductor.compile_fx import compile_fx
-
-    _local.compiles += 1
     with _without_hints():
-        return cast(Callable[..., Any], compile_fx(graph, inputs, config_patches={"cpp_wrapper": True}))
+        return _inductor(graph, inputs, {"cpp_wrapper": True})
 
 
 @contextmanager

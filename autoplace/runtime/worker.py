@@ -87,8 +87,8 @@ class Ledger:
 
     def add_task(self, device: str, label: str, start_s: float, end_s: float) -> None:
         """Add a task of a CPU device, by the clock `time.perf_counter`; also its busy time."""
+        self.add(device, (end_s - start_s) * 1e3)
         with self._lock:
-            self._busy_ms[device] = self._busy_ms.get(device, 0.0) + (end_s - start_s) * 1e3
             if len(self._tasks) < _MAX_TASKS:
                 self._tasks.append((device, label, start_s, end_s))
 
