@@ -1,11 +1,12 @@
 """Which plan is kept: the rules of "never slower" as pure functions over measured Outcomes.
 
 The best few plans are screened in short interleaved runs; those that gain (→ `finalists`) run again, longer, and that
-run decides (→ `choose`). A plan replaces plain PyTorch only when it computes the same, and is better in the objective
-by more than the A/A noise measured in the same run, with the whole interval of its median gain above 1. Both shrink
-with the number of rounds. Plain `torch.compile`, where it ran, is a second guard: a plan that is to be kept instead of
-it must gain more, and the whole interval of its median speed-up over it in the same run must lie above 1, or the gain
-must be more by more than the noise. The gain of a plan over plain PyTorch is
+run decides (→ `choose`); in it, plans that are beaten leave the rounds to the others (→ `beaten`). A plan replaces
+plain PyTorch only when it computes the same, and is better in the objective by more than the A/A noise measured in the
+same run, with the whole interval of its median gain above 1. Both shrink with the number of rounds. Plain
+`torch.compile`, where it ran, is a second guard: a plan that is to be kept instead of it must gain more, and the whole
+interval of its median speed-up over it in the same run must lie above 1, or the gain must be more by more than the
+noise. The gain of a plan over plain PyTorch is
 
     (latency ratio)^(1-w) * (energy ratio)^w          → `gain_interval`
 
@@ -24,17 +25,20 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from autoplace.measure.protocol import aa_noise, pair_interval, pair_ratios
+from autoplace.measure.protocol import aa_noise, median_interval, pair_interval, pair_ratios
 from autoplace.outcome import Outcome
 from autoplace.problem import Objective
 from autoplace.result import Candidate
 
-__all__ = ["Ratio", "choose", "compare", "finalists", "judged", "noise_of", "paid_back", "pair_gains"]
+__all__ = ["Ratio", "beaten", "choose", "compare", "finalists", "judged", "noise_of", "paid_back", "pair_gains"]
 
 MOST_FINALISTS = 3
 """Plans in the deciding run, beside plain PyTorch twice and plain `torch.compile`."""
 NOISE_FLOOR = 0.01
 """Gains below one per cent are never believed, whatever the A/A run says."""
+_FIRST_LOOK, _LOOK_EVERY = 7, 4
+"""Rounds before a plan may be taken out of the deciding run, and from one look to the next: an interval that is looked
+at again and again is sooner or later wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ def compare(
     """Compare a measured plan with plain PyTorch of the same interleaved run.
 
     Args:
-        plain, other: Outcomes with one sample per round.
+        plain, other: Outcomes with one sample per round; the plan's may end before plain PyTorch's.
         objective: What the gain is in.
         compile_s: Seconds that compiling the plan takes.
         run_s: Seconds for which the model is to run.
@@ -86,8 +90,9 @@ def compare(
     gain = _gain_of(plain, other, objective, compile_s, run_s)
     if gain is None:
         return None
-    speedup, quartiles = pair_ratios(plain.samples_ms, other.samples_ms)
-    low, _ = pair_interval(plain.samples_ms, other.samples_ms)
+    beside = plain.samples_ms[: len(other.samples_ms)]
+    speedup, quartiles = pair_ratios(beside, other.samples_ms)
+    low, _ = pair_interval(beside, other.samples_ms)
     return Ratio(speedup=speedup, speedup_interval=quartiles, gain=gain(speedup), gain_low=gain(low))
 
 
@@ -103,7 +108,7 @@ def pair_gains(
     gain = _gain_of(plain, other, objective, compile_s, run_s)
     if gain is None:
         return []
-    return [gain(a / b) for a, b in zip(plain.samples_ms, other.samples_ms, strict=True)]
+    return [gain(a / b) for a, b in zip(plain.samples_ms, other.samples_ms, strict=False)]
 
 
 def _gain_of(
@@ -167,6 +172,27 @@ def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(able, key=lambda c: -(c.gain or 0.0))[:MOST_FINALISTS]
 
 
+def beaten(gains: Sequence[Sequence[float]]) -> set[int]:
+    """Return which plans of an interleaved run cannot win any more.
+
+    Those are the plans whose whole interval of the median gain is not above 1, or lies below another plan's, pair by
+    pair.
+
+    Args:
+        gains: Of each plan, those of every pair with plain PyTorch so far, see `pair_gains`.
+    """
+    rounds = max(map(len, gains), default=0)
+    if rounds < _FIRST_LOOK or (rounds - _FIRST_LOOK) % _LOOK_EVERY:
+        return set()
+    running = [i for i, of_plan in enumerate(gains) if len(of_plan) == rounds]
+    return {
+        i
+        for i in running
+        if median_interval(gains[i])[1] <= 1.0
+        or any(median_interval([b / a for a, b in zip(gains[i], gains[j], strict=True)])[0] > 1.0 for j in running)
+    }
+
+
 def choose(
     candidates: Sequence[Candidate], final: Collection[str], *, noise: float, run_s: float = math.inf
 ) -> list[Candidate]:
@@ -226,6 +252,8 @@ def _refusal(candidate: Candidate, final: Collection[str], noise: float, run_s: 
         return candidate.measured.reason
     if candidate.gain is None or candidate.gain_low is None:
         return "no energy figure to compare"
+    if candidate.stopped and candidate.label in final and candidate.gain > 1.0:
+        return f"taken out after {len(candidate.measured.samples_ms)} rounds of the deciding run: another is better"
     if candidate.gain <= 1.0 < (candidate.speedup or 0.0) and candidate.compile_s > 0.0 and not math.isinf(run_s):
         return f"compiling took {candidate.compile_s:.0f} s and would not pay back within {run_s:.0f} s"
     if candidate.label in final and (candidate.gain <= 1.0 + noise or candidate.gain_low <= 1.0):

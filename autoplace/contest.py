@@ -36,7 +36,7 @@ __all__ = ["Contest"]
 
 _SECOND_PLANS = 2
 """Plans in the second screening, at most."""
-_FINAL_FACTOR = 6
+_FINAL_FACTOR = 15
 """The finalists are decided on with this many times the rounds of the first measurement, as time allows."""
 
 
@@ -91,13 +91,13 @@ class Contest:
             labels = {c.label for c in rows}
             rows = self._learn([*rows, *(c for c in fit if c.label not in labels)])
             rows += self._turn_knobs(rows)
-            finalists = choosing.finalists(rows)
-            if finalists:
+            final = choosing.finalists(rows)
+            if final:
                 # The best of several short runs is flattered by chance, so a run of their own decides, with its own
                 # noise.
-                guard = [c for c in rows if c.plan == COMPILED and c.gain is not None and c not in finalists]
-                rows = _updated(rows, rounds.beside_plain([*finalists, *guard], _FINAL_FACTOR * wanted, "decide"))
-        return choosing.choose(rows, {c.label for c in finalists}, noise=self.noise, run_s=self._config.run_s)
+                final += [c for c in rows if c.plan == COMPILED and c.gain is not None and c not in final]
+                rows = _updated(rows, rounds.beside_plain(final, _FINAL_FACTOR * wanted, "decide"))
+        return choosing.choose(rows, {c.label for c in final}, noise=self.noise, run_s=self._config.run_s)
 
     def _fit(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Return the candidates, those that would not keep the model's habits with the reason in `check`."""
@@ -133,8 +133,10 @@ class Contest:
             for candidate in fresh:
                 if candidate.predicted is not None:
                     self._record(candidate.label, candidate.predicted)
-        picked = select_new([c for c in rows if c.measured is not None or not c.check], _SECOND_PLANS)
-        if picked and self._rounds.left_s("again") > 0:
+        picked: list[Candidate] = []
+        if self._rounds.left_s("again") > 0:
+            picked = select_new([c for c in rows if c.measured is not None or not c.check], _SECOND_PLANS)
+        if picked:
             _, *second = self._rounds.beside_plain(picked, self._config.rounds, "again")
             rows = _updated(rows, second)
             calibration = self._calibrated(rows) or calibration

@@ -7,7 +7,7 @@ overruns its limit is given up; what its threads still do may disturb what runs 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING
@@ -144,9 +144,10 @@ class Rounds:
         round_s = max((settle + 1) * self._round_s(chosen), 1e-6)
         able = int(self.left_s(step) / round_s) - warmup
         least = _DECIDING_ROUNDS if step == "decide" else _LEAST_ROUNDS
-        rounds = max(min(wanted, least), min(wanted, able))
+        # Where plans may leave the deciding run, the others have as many rounds as fit: `until_s` ends it.
+        rounds = wanted if step == "decide" else max(min(wanted, least), min(wanted, able))
         plans = [Plan.plain(), Plan.plain(), *(c.plan for c in chosen)]
-        self._total += len(plans) * (warmup + rounds)
+        self._total += len(plans) * (warmup + min(rounds, max(able, least)))
         # A step that overran, by a pass that was waited for or by compiling, must not take the deciding run away.
         least_s = _LEAST_SHARE * SHARES[step] * self._config.budget_s
         if step == "decide":
@@ -155,8 +156,16 @@ class Rounds:
                 over_s += self.left_s("decide")
             least_s = max(least_s, min((warmup + least) * round_s, over_s))
         until_s = max(self.until_s(step), time.perf_counter() + least_s)
+        taken_out: set[int] = set()
+
+        def drop(outcomes: Sequence[Outcome]) -> Collection[int]:
+            plain, _, *others = outcomes
+            taken_out.update(choosing.beaten([self._gains(c, plain, o) for c, o in zip(chosen, others, strict=True)]))
+            left = len(chosen) - len(taken_out)
+            return [2 + i for i in taken_out] if left else range(len(plans))
+
         plain, again, *outcomes = self._evaluator.evaluate_interleaved(
-            plans, rounds, warmup=warmup, settle=settle, until_s=until_s
+            plans, rounds, warmup=warmup, settle=settle, drop=drop if step == "decide" else None, until_s=until_s
         )
         if not plain.feasible:
             raise InputError(f"plain PyTorch cannot run this model on these inputs: {plain.reason}")
@@ -164,15 +173,21 @@ class Rounds:
         self.noise = choosing.noise_of(plain, again)
         rows = [replace(_PLAIN_ROW, measured=plain)]
         self._record(_PLAIN_ROW.label, plain)
-        for candidate, outcome in zip(chosen, outcomes, strict=True):
+        for i, (candidate, outcome) in enumerate(zip(chosen, outcomes, strict=True)):
             self._record(candidate.label, outcome)
-            rows.append(self._judged(candidate, plain, outcome))
+            rows.append(self._judged(replace(candidate, stopped=i in taken_out), plain, outcome))
         return rows
 
     def _judged(self, candidate: Candidate, plain: Outcome, outcome: Outcome) -> Candidate:
         row = replace(candidate, check=self._same if outcome.feasible else outcome.reason)
-        cost = {"compile_s": self.compile_s(candidate.plan), "run_s": self._config.run_s}
-        return choosing.judged(row, plain, outcome, self._config.objective, **cost)
+        return choosing.judged(row, plain, outcome, self._config.objective, **self._cost(candidate))
+
+    def _gains(self, candidate: Candidate, plain: Outcome, outcome: Outcome) -> list[float]:
+        return choosing.pair_gains(plain, outcome, self._config.objective, **self._cost(candidate))
+
+    def _cost(self, candidate: Candidate) -> dict[str, float]:
+        """Return the seconds to compile a plan, and of the run that they have to be paid back in."""
+        return {"compile_s": self.compile_s(candidate.plan), "run_s": self._config.run_s}
 
     def compile_s(self, plan: Plan) -> float:
         """Return the seconds to compile a plan.
@@ -190,18 +205,16 @@ class Rounds:
         """Run a plan in pairs with plain PyTorch until `report`, told the gains of all pairs, ends it."""
         stopped = False
         plans = [Plan.plain(), candidate.plan]
-        cost = {"compile_s": self.compile_s(candidate.plan), "run_s": self._config.run_s}
 
-        def enough(outcomes: Sequence[Outcome]) -> bool:
+        def drop(outcomes: Sequence[Outcome]) -> Collection[int]:
             nonlocal stopped
-            plain, outcome = outcomes
-            stopped = report(choosing.pair_gains(plain, outcome, self._config.objective, **cost))
-            return stopped
+            stopped = report(self._gains(candidate, *outcomes))
+            return range(len(plans)) if stopped else ()
 
         settle, _ = self._care([candidate])
         self._total += len(plans) * (1 + _TRIAL_ROUNDS)
         plain, outcome = self._evaluator.evaluate_interleaved(
-            plans, _TRIAL_ROUNDS, warmup=1, settle=settle, enough=enough, until_s=until_s
+            plans, _TRIAL_ROUNDS, warmup=1, settle=settle, drop=drop, until_s=until_s
         )
         if stopped:
             candidate = replace(candidate, label=f"{candidate.label} (stopped early)", stopped=True)

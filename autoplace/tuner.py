@@ -62,7 +62,7 @@ class TuneConfig:
     measured_plans: int = 5
     """How many of the best predicted plans are measured."""
     rounds: int = 7
-    """Interleaved rounds of the first measurement; the finalists get up to six times as many."""
+    """Interleaved rounds of the first measurement; the finalists get up to fifteen times as many."""
     compile: bool | Literal["auto"] = "auto"
     """Whether plain `torch.compile` is a candidate, and plans may be compiled; `"auto"` = where it can be expected to
     fit the budget and this machine has a compiler. True tries it even where it takes longer than the budget."""

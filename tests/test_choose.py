@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from autoplace.choose import MOST_FINALISTS, choose, compare, finalists, judged, noise_of, paid_back, pair_gains
+from autoplace.choose import MOST_FINALISTS, beaten, choose, compare, finalists, judged, noise_of, paid_back, pair_gains
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan, Replica
 from autoplace.problem import Objective
@@ -185,3 +185,20 @@ def test_the_reason_why_a_plan_was_not_measured_is_its_verdict():
     plain = _outcome(10.0, 10.0)
     unfit = replace(_candidate("fast", None, plain), check="the model has hooks")
     assert choose([_plain(plain), unfit], set(), noise=0.02)[1].verdict == "not measured: the model has hooks"
+
+
+def test_plans_that_cannot_win_leave_the_deciding_run():
+    slow, fast, near, failed = [0.9] * 7, [1.2, 1.3] * 4, [1.3, 1.2] * 4, []
+    assert beaten([slow, fast[:7], near[:7], failed]) == {0}, "worse than plain PyTorch"
+    assert beaten([[1.1] * 7, fast[:7], near[:7]]) == {0}, "worse than another, pair by pair"
+    assert beaten([slow[:6], fast[:6]]) == set() == beaten([[*slow, 0.9], fast]), "not at every round is there a look"
+    assert beaten([slow, [1.2] * 11, [1.3] * 11]) == {1}, "what was taken out before is not asked for again"
+    assert beaten([[1.0] * 7]) == {0}, "as good as plain PyTorch is no win"
+
+
+def test_a_plan_that_was_taken_out_is_not_kept_however_well_it_began():
+    plain, fast = _outcome(*[10.0] * 11), _outcome(*[8.0] * 11)
+    begun = replace(_candidate("begun", _outcome(*[7.0] * 7), plain), stopped=True)
+    rows = choose([_plain(plain), begun, _candidate("fast", fast, plain)], {"begun", "fast"}, noise=0.02)
+    assert begun.gain == pytest.approx(10 / 7) and [r.kept for r in rows] == [False, False, True]
+    assert "after 7 rounds" in rows[1].verdict

@@ -19,7 +19,7 @@ train/eval flags, random state.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,8 +49,8 @@ _COMPILE_LIMIT_S = 180.0
 """A compiled plan's pass may take this long: the first ones compile, for the check and for the timed runs."""
 _LEAST_ROUNDS = 3
 """Counted rounds of a run that `until_s` ends."""
-Enough = Callable[[Sequence[Outcome]], bool]
-"""Told the Outcomes so far, one per plan, after every counted round; True ends the run."""
+Drop = Callable[[Sequence[Outcome]], Collection[int]]
+"""Told the Outcomes so far, one per plan, after every counted round; returns which plans take no further part."""
 _ENERGY_STRETCH_S = 0.5
 """Passes are repeated this long where counters tick every 20 to 100 ms (NVML)."""
 
@@ -142,7 +142,7 @@ class MeasuredEvaluator:
         *,
         warmup: int | None = None,
         settle: int = 1,
-        enough: Enough | None = None,
+        drop: Drop | None = None,
         until_s: float | None = None,
     ) -> list[Outcome]:
         """Measure plans against each other, with a number of counted rounds of its own.
@@ -152,12 +152,13 @@ class MeasuredEvaluator:
             rounds: Counted passes of each plan, at most.
             warmup: Passes before them; None = as the evaluator has it.
             settle: Untimed passes right before each counted one.
-            enough: Ends the run early.
+            drop: Ends the run early for some of the plans, or all.
             until_s: When to end, by `time.perf_counter`: plans whose turn comes later are not tried, and no round
                 begins later once there are three.
 
         Returns:
-            One Outcome per plan. `samples_ms` of feasible plans have one entry per round, for `pair_ratios`.
+            One Outcome per plan. `samples_ms` of feasible plans have one entry per round, for `pair_ratios`; those that
+            were dropped have the first ones.
         """
         self.evaluations += len(plans)
         candidates = [_Candidate(plan) for plan in plans]
@@ -167,7 +168,7 @@ class MeasuredEvaluator:
                 for candidate in candidates:
                     self._prepare(candidate, until_s)
                 counts = {"repeats": rounds, "warmup": self._warmup if warmup is None else warmup, "settle": settle}
-                samples = self._time(candidates, counts, enough, until_s)
+                samples = self._time(candidates, counts, drop, until_s)
             finally:
                 for candidate in candidates:
                     self._count_compiling(candidate)
@@ -278,7 +279,7 @@ class MeasuredEvaluator:
         self,
         candidates: Sequence[_Candidate],
         counts: Mapping[str, int],
-        enough: Enough | None,
+        drop: Drop | None,
         until_s: float | None,
     ) -> dict[str, list[float]]:
         runs: dict[str, Callable[[], None]] = {}
@@ -318,16 +319,16 @@ class MeasuredEvaluator:
         def failed(name: str, error: Exception) -> None:
             candidates[int(name)].reason = sentence(error)
 
-        def ended(samples: Mapping[str, Sequence[float]]) -> bool:
+        def dropped(samples: Mapping[str, Sequence[float]]) -> Collection[str]:
             if (
                 until_s is not None
                 and time.perf_counter() > until_s
                 and max(map(len, samples.values())) >= _LEAST_ROUNDS
             ):
-                return True
-            return enough is not None and enough(
-                [self._outcome(c, samples.get(str(i), [])) for i, c in enumerate(candidates)]
-            )
+                return list(runs)
+            if drop is None:
+                return ()
+            return [str(i) for i in drop([self._outcome(c, samples.get(str(i), [])) for i, c in enumerate(candidates)])]
 
         samples = interleave(
             runs,
@@ -337,7 +338,7 @@ class MeasuredEvaluator:
             before=before,
             after=after,
             failed=failed,
-            enough=ended,
+            drop=dropped,
         )
         if slow_counters:
             for name in runs:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -133,7 +133,7 @@ def interleave(
     before: Callable[[str], None] | None = None,
     after: Callable[[str, float], None] | None = None,
     failed: Callable[[str, Exception], None] | None = None,
-    enough: Callable[[Mapping[str, Sequence[float]]], bool] | None = None,
+    drop: Callable[[Mapping[str, Sequence[float]]], Collection[str]] | None = None,
 ) -> dict[str, list[float]]:
     """Time runs against each other, round by round.
 
@@ -148,10 +148,11 @@ def interleave(
         after: Called with the name and the milliseconds after every counted run, untimed.
         failed: Called with the name and the exception of a run that raised or overran; it takes no further part.
             None = the exception is raised.
-        enough: Asked with the samples so far after every counted round; True ends the run.
+        drop: Asked with the samples so far after every counted round for the names that take no further part; with
+            none left the run ends.
 
     Returns:
-        Name to milliseconds, one per counted round; of a failed run, those before it failed.
+        Name to milliseconds, one per counted round; of a run that failed or was dropped, those before that.
 
     Raises:
         InputError: If `repeats` is below 1, or `warmup` or `settle` below 0.
@@ -188,7 +189,10 @@ def interleave(
                         after(name, elapsed_ms)
                 if progress is not None:
                     progress(name, number)
-            if counted and enough is not None and enough(samples):
+            if counted and drop is not None:
+                dropped = drop(samples)
+                alive = {name: run for name, run in alive.items() if name not in dropped}
+            if not alive:
                 break
     finally:
         guard.close()

@@ -277,14 +277,16 @@ def test_an_executor_that_failed_is_not_kept(cluster, make_plan):
 def test_a_run_ends_when_it_knows_enough_or_its_time_is_up(cluster, make_plan):
     seen = []
 
-    def enough(outcomes):
+    def drop(outcomes):
         seen.append([len(o.samples_ms) for o in outcomes])
-        return len(seen) == 4
+        return (0, 1) if len(seen) == 4 else ()
 
     evaluator = MeasuredEvaluator(workload(), cluster, warmup=0)
-    outcomes = evaluator.evaluate_interleaved([Plan.plain(), make_plan(A)], 9, enough=enough)
+    outcomes = evaluator.evaluate_interleaved([Plan.plain(), make_plan(A)], 9, drop=drop)
     assert seen == [[1, 1], [2, 2], [3, 3], [4, 4]]
     assert [len(o.samples_ms) for o in outcomes] == [4, 4]
+    outcomes = evaluator.evaluate_interleaved([Plan.plain(), make_plan(A)], 5, drop=lambda outcomes: [1])
+    assert [len(o.samples_ms) for o in outcomes] == [5, 1], "the others go on without it"
     past = time.perf_counter() - 1.0
     plain, late = evaluator.evaluate_interleaved([Plan.plain(), make_plan(A)], 9, until_s=past)
     assert len(plain.samples_ms) == 3

@@ -29,6 +29,20 @@ def test_rounds_interleave_and_warm_up_is_not_counted():
     assert progress[0] == ("a", 0) and progress[-1] == ("b", 4)
 
 
+def test_runs_that_are_dropped_leave_the_rounds_to_the_others():
+    order = []
+    samples = interleave(
+        {name: (lambda name=name: order.append(name)) for name in "abc"},
+        repeats=9,
+        warmup=0,
+        settle=0,
+        deadline_s=5,
+        drop=lambda so_far: {1: "b", 2: "bc"}.get(len(so_far["a"]), "abc"),
+    )
+    assert order == ["a", "b", "c", "a", "c", "a"], "with none left the run ends"
+    assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 1, "c": 2}
+
+
 def test_what_is_timed_is_the_run_alone():
     samples = interleave(
         {"a": lambda: time.sleep(0.02)}, repeats=2, warmup=0, deadline_s=5, before=lambda _: time.sleep(0.2)
