@@ -27,11 +27,25 @@ from dataclasses import dataclass, replace
 
 from autoplace.measure.protocol import aa_noise, median_interval, pair_interval, pair_ratios
 from autoplace.outcome import Outcome
+from autoplace.plan import Plan
 from autoplace.problem import Objective
 from autoplace.result import Candidate
 
-__all__ = ["Ratio", "beaten", "choose", "compare", "finalists", "judged", "noise_of", "paid_back", "pair_gains"]
+__all__ = [
+    "COMPILED",
+    "Ratio",
+    "beaten",
+    "choose",
+    "compare",
+    "finalists",
+    "judged",
+    "noise_of",
+    "paid_back",
+    "pair_gains",
+]
 
+COMPILED = Plan.plain().with_(compiled=True)
+"""Plain `torch.compile`, the second guard."""
 MOST_FINALISTS = 3
 """Plans in the deciding run, beside plain PyTorch twice and plain `torch.compile`."""
 NOISE_FLOOR = 0.01
@@ -210,7 +224,7 @@ def choose(
     plain = candidates[0]
     refusals = [_refusal(c, final, noise, run_s) for c in candidates[1:]]
     winners = [c for c, refusal in zip(candidates[1:], refusals, strict=True) if refusal is None]
-    guard = next((c for c in winners if _is_compile(c)), None)
+    guard = next((c for c in winners if c.plan == COMPILED), None)
     best = max(winners, key=lambda c: c.gain or 0.0, default=plain)
     if guard is not None and not _beats(best, guard, noise):
         best = guard
@@ -235,11 +249,6 @@ def _beats(candidate: Candidate, guard: Candidate, noise: float) -> bool:
     ours, theirs = candidate.measured.samples_ms, guard.measured.samples_ms
     rounds = min(len(ours), len(theirs))
     return pair_interval(theirs[:rounds], ours[:rounds])[0] > 1.0
-
-
-def _is_compile(candidate: Candidate) -> bool:
-    """Return whether a candidate is plain `torch.compile`, the second guard."""
-    return candidate.plan == candidate.plan.plain().with_(compiled=True)
 
 
 def _refusal(candidate: Candidate, final: Collection[str], noise: float, run_s: float) -> str | None:

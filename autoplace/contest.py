@@ -24,7 +24,7 @@ from autoplace.plan import Plan
 from autoplace.problem import Problem
 from autoplace.proposals import merge, predict_again, select, select_new
 from autoplace.result import Candidate
-from autoplace.rounds import COMPILED, COMPILED_CPP, Rounds
+from autoplace.rounds import COMPILED_CPP, Rounds
 from autoplace.workload import Workload
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Contest:
             if final:
                 # The best of several short runs is flattered by chance, so a run of their own decides, with its own
                 # noise.
-                final += [c for c in rows if c.plan == COMPILED and c.gain is not None and c not in final]
+                final += [c for c in rows if c.plan == choosing.COMPILED and c.gain is not None and c not in final]
                 rows = _updated(rows, rounds.beside_plain(final, _FINAL_FACTOR * wanted, "decide"))
         return choosing.choose(rows, {c.label for c in final}, noise=self.noise, run_s=self._config.run_s)
 
@@ -205,7 +205,7 @@ class Contest:
                 refuse=trials.refuse,
                 spent=lambda: self._rounds.left_s("search") <= 0,
             )
-        for plan in (COMPILED_CPP, COMPILED) if on_cpu else (COMPILED,):
+        for plan in (COMPILED_CPP, choosing.COMPILED) if on_cpu else (choosing.COMPILED,):
             if allowed and not trials.knows(plan) and (asked or self._rounds.left_s("search") > 0):
                 trials.measure(plan, knob_label(plan), lambda _gains: False)
         if trials.not_compiled:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from autoplace.choose import COMPILED
 from autoplace.measure.compiling import compiler_refusal, estimate_compile_s
 from autoplace.plan import Plan
 from autoplace.proposals import with_unique_labels
 from autoplace.result import Candidate
-from autoplace.rounds import COMPILED, COMPILED_CPP, Rounds
+from autoplace.rounds import COMPILED_CPP, Rounds
 from autoplace.workload import Workload
 
 if TYPE_CHECKING:

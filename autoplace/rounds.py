@@ -24,16 +24,14 @@ from autoplace.workload import Workload
 if TYPE_CHECKING:
     from autoplace.tuner import TuneConfig
 
-__all__ = ["COMPILED", "COMPILED_CPP", "Rounds"]
+__all__ = ["COMPILED_CPP", "Rounds"]
 
 SHARES = {"screen": 0.25, "again": 0.1, "search": 0.35, "decide": 0.3}
 """Step to its part of the budget, in the order of the steps."""
 _LEAST_SHARE = 0.5
 """What a step may have of its share whatever the steps before it took."""
-COMPILED = Plan.plain().with_(compiled=True)
-"""Plain `torch.compile`."""
-COMPILED_CPP = COMPILED.with_(cpp_wrapper=True)
-"""The same with C++ that calls the kernels."""
+COMPILED_CPP = choosing.COMPILED.with_(cpp_wrapper=True)
+"""Plain `torch.compile` with C++ that calls the kernels."""
 _WARMUP = 2
 """Rounds before the counted ones."""
 _LEAST_ROUNDS = 5
@@ -196,7 +194,7 @@ class Rounds:
         """
         if not plan.compiled:
             return 0.0
-        alone = COMPILED.with_(cpp_wrapper=plan.cpp_wrapper)
+        alone = choosing.COMPILED.with_(cpp_wrapper=plan.cpp_wrapper)
         return self._evaluator.compile_s(plan) or self._evaluator.compile_s(alone)
 
     def trial(
