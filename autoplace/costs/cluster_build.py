@@ -36,7 +36,7 @@ from autoplace.graph.coarsen import Grouping
 from autoplace.graph.preserve import preserve_model
 from autoplace.graph.program_order import in_program_order
 from autoplace.hardware.cluster import Cluster, Device
-from autoplace.measure.memory import give_back
+from autoplace.measure.memory import HeapLine, give_back
 from autoplace.problem import Objective, Problem, Semantics
 from autoplace.runtime.worker import DeviceWorker, torch_device
 from autoplace.workload import Workload, default_loss
@@ -153,9 +153,10 @@ def steady_ms(workload: Workload, device: Device, *, window_s: float = _WINDOW_S
     def run() -> float:
         local = on_device(workload, torch_device(device))
         timer = Timer(torch_device(device))
+        heap = HeapLine(device.memory_bytes if device.kind == "cpu" else math.inf)
         with preserve_model(local.model), local.mode():
             _pass(local)
-            return statistics.median(_window_ms(local, timer, window_s) for _ in range(windows))
+            return statistics.median(_window_ms(local, timer, window_s, heap) for _ in range(windows))
 
     try:
         return worker.run(run)
@@ -164,11 +165,12 @@ def steady_ms(workload: Workload, device: Device, *, window_s: float = _WINDOW_S
         give_back()
 
 
-def _window_ms(workload: Workload, timer: Timer, window_s: float) -> float:
-    """Return the mean time of a pass over a window, ms."""
+def _window_ms(workload: Workload, timer: Timer, window_s: float, heap: HeapLine) -> float:
+    """Return the mean time of a pass over a window, ms; the window ends early where the heap has grown too far."""
+    heap.keep()
     passes, start = 0, time.perf_counter()
     marks = [timer.mark()]
-    while passes == 0 or time.perf_counter() - start < window_s:
+    while passes == 0 or (time.perf_counter() - start < window_s and not heap.crossed()):
         _pass(workload)
         passes += 1
         if timer.cuda:

@@ -16,6 +16,7 @@ It leaves the model as it was (→ `preserve_model`). It does not know how devic
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from autoplace.graph.coarsen import Grouping
 from autoplace.graph.module_tree import op_cost
 from autoplace.graph.preserve import preserve_model
 from autoplace.hardware.cluster import Device
+from autoplace.measure.memory import HeapLine
 from autoplace.runtime.worker import DeviceWorker, torch_device
 from autoplace.workload import Workload, default_loss
 
@@ -88,7 +90,7 @@ def profile_groups(
     """
     worker = DeviceWorker(device, threads)
     try:
-        return worker.run(lambda: _profile(workload, grouping, torch_device(device), repeats, samples))
+        return worker.run(lambda: _profile(workload, grouping, device, repeats, samples))
     finally:
         worker.close()
 
@@ -105,7 +107,7 @@ def measure_total_ms(workload: Workload, device: Device, *, threads: int | None 
     def run() -> float:
         local = on_device(workload, torch_device(device))
         with preserve_model(local.model), local.mode():
-            forward_ms, backward_ms = _whole(local, Timer(torch_device(device)), repeats)
+            forward_ms, backward_ms = _whole(local, _Passes(device, repeats))
         return forward_ms + backward_ms
 
     try:
@@ -134,21 +136,42 @@ def smaller_batch(workload: Workload, size: int) -> Workload:
     return replace(workload, args=args, kwargs=kwargs)
 
 
-def _profile(
-    workload: Workload, grouping: Grouping, device: torch.device, repeats: int, samples: int | None
-) -> GroupTimes:
-    local = on_device(workload, device)
+class _Passes:
+    """Repeats passes on a device: with a timer, and with an eye on what the process holds where a CPU's is limited."""
+
+    def __init__(self, device: Device, repeats: int) -> None:
+        self.timer, self.repeats = Timer(torch_device(device)), repeats
+        self._heap = HeapLine(device.memory_bytes if device.kind == "cpu" else math.inf)
+
+    def run(self, once: Callable[[], list[float]]) -> list[list[float]]:
+        """Return what the counted passes measured; those before them are for warming up."""
+        start = time.perf_counter()
+        self._next(once)
+        if time.perf_counter() - start > _LONG_PASS_S:
+            return [self._next(once) for _ in range(min(self.repeats, 2))]
+        for _ in range(_WARM_UPS - 1):
+            self._next(once)
+        return [self._next(once) for _ in range(self.repeats)]
+
+    def _next(self, once: Callable[[], list[float]]) -> list[float]:
+        self._heap.keep()
+        return once()
+
+
+def _profile(workload: Workload, grouping: Grouping, device: Device, repeats: int, samples: int | None) -> GroupTimes:
+    local = on_device(workload, torch_device(device))
+    passes = _Passes(device, repeats)
     batch, notes = local.batch_size, list[str]()
     if samples is not None and samples < batch:
         local = smaller_batch(local, samples)
         notes.append(f"times of {batch} samples follow from passes of {samples}, which is what memory has room for")
     with preserve_model(local.model), local.mode():
-        forward, backward = _measure(local, grouping, device, repeats, notes)
+        forward, backward = _measure(local, grouping, passes, notes)
         overheads: list[NDArray[np.float64]] = [np.zeros_like(forward), np.zeros_like(forward)]
         size = local.batch_size // 2
         if size:
             try:
-                halves = _measure(smaller_batch(local, size), grouping, device, repeats, [])
+                halves = _measure(smaller_batch(local, size), grouping, passes, [])
                 pairs = zip((forward, backward), halves, strict=True)
                 overheads = [_overhead(full, half, size / local.batch_size) for full, half in pairs]
             except Exception as error:
@@ -172,17 +195,17 @@ def _overhead(full: NDArray[np.float64], part: NDArray[np.float64], share: float
 
 
 def _measure(
-    workload: Workload, grouping: Grouping, device: torch.device, repeats: int, notes: list[str]
+    workload: Workload, grouping: Grouping, passes: _Passes, notes: list[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Forward and backward times of the groups, float64[G] each; the latter zero for inference."""
-    timer, index = Timer(device), GroupIndex(grouping.graph.names)
-    forward_ms, backward_ms = _whole(workload, timer, repeats)
+    index = GroupIndex(grouping.graph.names)
+    forward_ms, backward_ms = _whole(workload, passes)
     cost = op_cost(grouping.graph)
-    times, glue = _forward_groups(workload, index, timer, repeats, cost, notes)
+    times, glue = _forward_groups(workload, index, passes, cost, notes)
     forward = _scaled(times, forward_ms)
     if not workload.training:
         return forward, np.zeros_like(forward)
-    raw = _backward_groups(workload, index, timer, min(repeats, 3), forward, notes)
+    raw = _backward_groups(workload, index, passes, forward, notes)
     if glue.sum() > 0:
         rest = min(max(0.0, backward_ms - raw.sum()), _MAX_GLUE_BACKWARD * glue.sum())
         raw = raw + rest * glue / glue.sum()
@@ -195,8 +218,9 @@ def _scaled(values: NDArray[np.float64], total: float) -> NDArray[np.float64]:
     return values * (total / values.sum())
 
 
-def _whole(workload: Workload, timer: Timer, repeats: int) -> tuple[float, float]:
+def _whole(workload: Workload, passes: _Passes) -> tuple[float, float]:
     """Median milliseconds of the forward, and of loss and backward (0 for inference)."""
+    timer = passes.timer
 
     def once() -> list[float]:
         for parameter in workload.model.parameters():
@@ -210,24 +234,15 @@ def _whole(workload: Workload, timer: Timer, repeats: int) -> tuple[float, float
         timer.finish()
         return differences_ms(marks)
 
-    forward, backward = zip(*_repeat(once, repeats), strict=True)
+    forward, backward = zip(*passes.run(once), strict=True)
     return statistics.median(forward), statistics.median(backward) if workload.training else 0.0
 
 
-def _repeat(once: Callable[[], list[float]], repeats: int) -> list[list[float]]:
-    start = time.perf_counter()
-    once()
-    if time.perf_counter() - start > _LONG_PASS_S:
-        return [once() for _ in range(min(repeats, 2))]
-    for _ in range(_WARM_UPS - 1):
-        once()
-    return [once() for _ in range(repeats)]
-
-
 def _forward_groups(
-    workload: Workload, index: GroupIndex, timer: Timer, repeats: int, cost: NDArray[np.float64], notes: list[str]
+    workload: Workload, index: GroupIndex, passes: _Passes, cost: NDArray[np.float64], notes: list[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Median milliseconds of every group within whole passes, and of its glue among them; float64[G] each."""
+    timer = passes.timer
 
     def once() -> list[float]:
         start = timer.mark()
@@ -243,7 +258,7 @@ def _forward_groups(
             np.add.at(times, (glue, index.assign(paths)), stretches)
         return times.ravel().tolist()
 
-    inside, glue = np.median(np.asarray(_repeat(once, repeats)), axis=0).reshape(2, index.count)
+    inside, glue = np.median(np.asarray(passes.run(once)), axis=0).reshape(2, index.count)
     times = inside + glue
     missing = times == 0.0
     if missing.any() and cost[missing].sum() > 0 and not missing.all():
@@ -256,18 +271,18 @@ def _forward_groups(
 def _backward_groups(
     workload: Workload,
     index: GroupIndex,
-    timer: Timer,
-    repeats: int,
+    passes: _Passes,
     forward: NDArray[np.float64],
     notes: list[str],
 ) -> NDArray[np.float64]:
     """Median milliseconds of every group's backward, from calls of its modules alone."""
+    repeats = min(passes.repeats, 3)
     with captured_calls(workload.model, index) as calls, torch.no_grad():
         workload.model(*workload.args, **workload.kwargs)
     times, failed = np.zeros(index.count), set()
     for call, group in zip(calls, index.assign([call.path for call in calls]), strict=True):
         try:
-            times[group] += statistics.median([_backward_ms(call, timer) for _ in range(repeats + 1)][1:])
+            times[group] += statistics.median([_backward_ms(call, passes.timer) for _ in range(repeats + 1)][1:])
         except (RuntimeError, TypeError, ValueError):
             failed.add(group)
     if failed:

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from autoplace.measure.memory import PeakMemory, SavedBytes, host_free_bytes
+from autoplace.measure.memory import HeapLine, PeakMemory, SavedBytes, host_free_bytes
 
 
 def test_the_peak_of_a_stretch_is_seen():
@@ -29,3 +29,17 @@ def test_saved_tensors_count_once_and_without_weights():
         model(x)
     # x for the weight's gradient, and the sigmoid's output.
     assert count.total(model) == 2 * 100 * 64 * 4
+
+
+def test_a_heap_that_grew_is_given_back_and_an_unlimited_one_is_left_alone(monkeypatch):
+    from autoplace.measure import memory
+
+    held, given = [100.0], []
+    monkeypatch.setattr(memory, "process_bytes", lambda: held[0])
+    monkeypatch.setattr(memory, "give_back", lambda: given.append(held[0]))
+    line, without = HeapLine(200.0), HeapLine(float("inf"))
+    assert given == [100.0], "what counts is what is held after the heap was given back"
+    for held[0] in (100.0, 174.0, 176.0):
+        line.keep()
+        without.keep()
+    assert given == [100.0, 176.0] and line.crossed() and not without.crossed()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from autoplace.errors import ExecutionError
 from autoplace.hardware.buckets import bucket_bytes_of
+from autoplace.measure.memory import HeapLine
 from autoplace.plan import Plan
 from autoplace.runtime.batch import batch_size
 from autoplace.runtime.fitness import unfit
@@ -135,6 +137,7 @@ class DistributedModel:
                 loss=loss,
                 exports=exports,
             )
+        self._heap = HeapLine(session.device.memory_bytes if session.device.kind == "cpu" else math.inf)
         self._hook = model.register_state_dict_pre_hook(lambda *_: self.synchronize())
 
     def _refusal(self) -> ExecutionError | None:
@@ -215,6 +218,7 @@ class DistributedModel:
             ExecutionError: If the model cannot be split as planned, or a rank was lost.
         """
         with self._watched():
+            self._heap.keep()
             args, kwargs = inputs_of(inputs)
             sizes = self.sizes(batch_size(pytree.tree_leaves((args, kwargs))))
             part_args, part_kwargs = self._part((args, kwargs), sizes)
