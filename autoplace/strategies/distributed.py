@@ -40,8 +40,8 @@ KINDS = ("single", "even", "weighted", "pipeline", "hybrid", "learned")
 """Kinds of plans, of which the best come first."""
 MICROBATCHES = (1, 2, 4, 8)
 """Numbers of microbatches that are planned for."""
-_POLICY_SECONDS = 5.0
-"""What the policy may spend at one number of microbatches."""
+_POLICY_SECONDS = 8.0
+"""What the policy may spend on all numbers of microbatches together."""
 _KEPT = 8
 """Plans of one kind that are kept."""
 
@@ -131,9 +131,10 @@ def _learned(
     """Return the policy's placement for every number of microbatches, and what it becomes in a line."""
     plans = []
     corrected = problem.with_(latency_ms=evaluator.latency_ms, overhead_ms=evaluator.overhead_ms)
-    for count in dividing(microbatches, problem.batch_size):
+    counts = dividing(microbatches, problem.batch_size)
+    for count in counts:
         planned = planned_problem(corrected, evaluator, count, split_ties=split_ties)
-        budget = Budget(evaluations=evaluations, seconds=_POLICY_SECONDS)
+        budget = Budget(evaluations=evaluations, seconds=_POLICY_SECONDS / len(counts))
         for plan in make_strategy(LEARNED, policy=policy).propose(planned, budget=budget, seed=seed)[:1]:
             row = plan.assignment_array(problem)
             rows = [row, in_line(problem, row)] if split_ties else [row]
