@@ -222,7 +222,8 @@ def choose(
         The same candidates in the same order, exactly one of them kept.
     """
     plain = candidates[0]
-    refusals = [_refusal(c, final, noise, run_s) for c in candidates[1:]]
+    rounds = len(plain.measured.samples_ms) if plain.measured is not None else 0
+    refusals = [_refusal(c, final, rounds, noise, run_s) for c in candidates[1:]]
     winners = [c for c, refusal in zip(candidates[1:], refusals, strict=True) if refusal is None]
     guard = next((c for c in winners if c.plan == COMPILED), None)
     best = max(winners, key=lambda c: c.gain or 0.0, default=plain)
@@ -251,8 +252,8 @@ def _beats(candidate: Candidate, guard: Candidate, noise: float) -> bool:
     return pair_interval(theirs[:rounds], ours[:rounds])[0] > 1.0
 
 
-def _refusal(candidate: Candidate, final: Collection[str], noise: float, run_s: float) -> str | None:
-    """Why a candidate may not replace plain PyTorch; None when it may."""
+def _refusal(candidate: Candidate, final: Collection[str], rounds: int, noise: float, run_s: float) -> str | None:
+    """Why a candidate may not replace plain PyTorch, whose last run had so many rounds; None when it may."""
     if candidate.measured is None:
         if candidate.predicted is not None and not candidate.predicted.feasible:
             return f"not measured: {candidate.predicted.reason}"
@@ -261,8 +262,9 @@ def _refusal(candidate: Candidate, final: Collection[str], noise: float, run_s: 
         return candidate.measured.reason
     if candidate.gain is None or candidate.gain_low is None:
         return "no energy figure to compare"
-    if candidate.stopped and candidate.label in final and candidate.gain > 1.0:
-        return f"taken out after {len(candidate.measured.samples_ms)} rounds of the deciding run: another is better"
+    had = len(candidate.measured.samples_ms)
+    if candidate.label in final and had < rounds and candidate.gain > 1.0:
+        return f"taken out after {had} rounds of the deciding run: another is better"
     if candidate.gain <= 1.0 < (candidate.speedup or 0.0) and candidate.compile_s > 0.0 and not math.isinf(run_s):
         return f"compiling took {candidate.compile_s:.0f} s and would not pay back within {run_s:.0f} s"
     if candidate.label in final and (candidate.gain <= 1.0 + noise or candidate.gain_low <= 1.0):
@@ -271,9 +273,8 @@ def _refusal(candidate: Candidate, final: Collection[str], noise: float, run_s: 
         return "worse than plain PyTorch"
     if candidate.label in final:
         return None
-    rounds = len(candidate.measured.samples_ms)
     return (
-        f"stopped after {rounds} rounds: it could not win"
+        f"stopped after {had} rounds: it could not win"
         if candidate.stopped
         else ("left out of the deciding run: others gained more")
     )

@@ -171,9 +171,9 @@ class Rounds:
         self.noise = choosing.noise_of(plain, again)
         rows = [replace(_PLAIN_ROW, measured=plain)]
         self._record(_PLAIN_ROW.label, plain)
-        for i, (candidate, outcome) in enumerate(zip(chosen, outcomes, strict=True)):
+        for candidate, outcome in zip(chosen, outcomes, strict=True):
             self._record(candidate.label, outcome)
-            rows.append(self._judged(replace(candidate, stopped=i in taken_out), plain, outcome))
+            rows.append(self._judged(candidate, plain, outcome))
         return rows
 
     def _judged(self, candidate: Candidate, plain: Outcome, outcome: Outcome) -> Candidate:

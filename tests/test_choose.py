@@ -198,7 +198,7 @@ def test_plans_that_cannot_win_leave_the_deciding_run():
 
 def test_a_plan_that_was_taken_out_is_not_kept_however_well_it_began():
     plain, fast = _outcome(*[10.0] * 11), _outcome(*[8.0] * 11)
-    begun = replace(_candidate("begun", _outcome(*[7.0] * 7), plain), stopped=True)
+    begun = _candidate("begun", _outcome(*[7.0] * 7), plain)
     rows = choose([_plain(plain), begun, _candidate("fast", fast, plain)], {"begun", "fast"}, noise=0.02)
     assert begun.gain == pytest.approx(10 / 7) and [r.kept for r in rows] == [False, False, True]
     assert "after 7 rounds" in rows[1].verdict

@@ -63,7 +63,6 @@ def run():
 def test_the_deciding_run_goes_on_with_those_that_can_win(run):
     plain, slow, fast, fastest = run("decide", 10.0, 12.0, 9.0, 8.0)
     assert [len(r.measured.samples_ms) for r in (plain, slow, fast, fastest)] == [42, 7, 7, 42]
-    assert [r.stopped for r in (plain, slow, fast, fastest)] == [False, True, True, False]
     assert slow.gain < 1.0 < fast.gain < fastest.gain
 
 
@@ -74,4 +73,4 @@ def test_the_deciding_run_ends_when_nothing_can_win(run):
 
 def test_nothing_leaves_a_screening(run):
     rows = run("screen", 10.0, 12.0, 8.0)
-    assert [len(r.measured.samples_ms) for r in rows] == [42, 42, 42] and not any(r.stopped for r in rows)
+    assert [len(r.measured.samples_ms) for r in rows] == [42, 42, 42]

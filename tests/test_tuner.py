@@ -204,9 +204,7 @@ def test_knobs_are_searched_and_every_trial_is_recorded(cluster):
     keys = [plan_key(c.plan) for c in measured]
     assert len(set(keys)) == len(keys), "no plan runs in two rows"
     stopped = [c for c in measured if c.stopped]
-    assert not any(c.kept for c in stopped)
-    late = [c for c in stopped if "(stopped early)" not in c.label]
-    assert all(c.verdict.startswith(("taken out", "not better")) for c in late), "by the deciding run"
+    assert all("(stopped early)" in c.label and not c.kept for c in stopped)
     assert "forward" not in vars(model) and all("forward" not in vars(m) for m in model.modules())
 
 
@@ -218,7 +216,7 @@ def test_full_precision_is_kept_unless_allowed(cluster):
 
 def test_no_search_when_it_may_not_run_anything(cluster, workload):
     result = tune(workload, TuneConfig(**{**QUICK, "knob_trials": 0}), cluster=cluster)
-    assert not any("(stopped early)" in c.label for c in result.candidates)
+    assert not any(c.stopped for c in result.candidates)
     assert all(c.plan.engine == "threads" and not c.plan.channels_last for c in result.candidates)
 
 

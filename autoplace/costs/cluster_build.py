@@ -153,7 +153,7 @@ def steady_ms(workload: Workload, device: Device, *, window_s: float = _WINDOW_S
     def run() -> float:
         local = on_device(workload, torch_device(device))
         timer = Timer(torch_device(device))
-        heap = HeapLine(device.memory_bytes if device.kind == "cpu" else math.inf)
+        heap = HeapLine.of(device)
         with preserve_model(local.model), local.mode():
             _pass(local)
             return statistics.median(_window_ms(local, timer, window_s, heap) for _ in range(windows))

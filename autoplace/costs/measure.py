@@ -16,7 +16,6 @@ It leaves the model as it was (→ `preserve_model`). It does not know how devic
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -141,7 +140,7 @@ class _Passes:
 
     def __init__(self, device: Device, repeats: int) -> None:
         self.timer, self.repeats = Timer(torch_device(device)), repeats
-        self._heap = HeapLine(device.memory_bytes if device.kind == "cpu" else math.inf)
+        self._heap = HeapLine.of(device)
 
     def run(self, once: Callable[[], list[float]]) -> list[list[float]]:
         """Return what the counted passes measured; those before them are for warming up."""

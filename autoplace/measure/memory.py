@@ -15,6 +15,7 @@ import torch
 
 from autoplace.hardware._sysfs import read_words
 from autoplace.hardware.cgroups import memory_limit_bytes
+from autoplace.hardware.cluster import Device
 
 __all__ = ["HeapLine", "PeakMemory", "SavedBytes", "give_back", "host_free_bytes", "process_bytes"]
 
@@ -22,8 +23,8 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _CROWDED = 0.75
 """Part of what a process may add to its heap, above which the heap is given back between passes: it grows from pass to
-pass by 10 to 70 MB of 360 while each pass alone needs no more than the first [measured: a chain of
-linear layers, glibc, 2026-11-28]."""
+pass by 10 to 70 MB of 360 while each pass alone needs no more than the first [measured: a chain of linear layers, glibc,
+2026-11-28]."""
 
 
 def host_free_bytes() -> float:
@@ -61,6 +62,11 @@ class HeapLine:
             give_back()
             held = process_bytes()
             self._line_bytes = held + _CROWDED * max(0.0, memory_bytes - held)
+
+    @classmethod
+    def of(cls, device: Device) -> HeapLine:
+        """Return that of the process that runs a device; only a CPU's memory is the process's."""
+        return cls(device.memory_bytes if device.kind == "cpu" else math.inf)
 
     def crossed(self) -> bool:
         """Return whether the process holds more than that."""

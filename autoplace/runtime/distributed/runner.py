@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -137,7 +136,7 @@ class DistributedModel:
                 loss=loss,
                 exports=exports,
             )
-        self._heap = HeapLine(session.device.memory_bytes if session.device.kind == "cpu" else math.inf)
+        self._heap = HeapLine.of(session.device)
         self._hook = model.register_state_dict_pre_hook(lambda *_: self.synchronize())
 
     def _refusal(self) -> ExecutionError | None:
