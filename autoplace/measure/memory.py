@@ -23,8 +23,8 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _CROWDED = 0.75
 """Part of what a process may add to its heap, above which the heap is given back between passes: it grows from pass to
-pass by 10 to 70 MB of 360 while each pass alone needs no more than the first [measured: a chain of linear layers, glibc,
-2026-11-28]."""
+pass by 10 to 70 MB of 360 while each pass alone needs no more than the first [measured: a chain of linear layers,
+glibc, 2026-11-28]."""
 
 
 def host_free_bytes() -> float:
