@@ -38,6 +38,7 @@ __all__ = [
     "choose",
     "compare",
     "finalists",
+    "is_look",
     "judged",
     "noise_of",
     "paid_back",
@@ -186,24 +187,32 @@ def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(able, key=lambda c: -(c.gain or 0.0))[:MOST_FINALISTS]
 
 
-def beaten(gains: Sequence[Sequence[float]]) -> set[int]:
+def is_look(rounds: int) -> bool:
+    """Return whether plans may be taken out of the deciding run after so many rounds."""
+    return rounds >= _FIRST_LOOK and (rounds - _FIRST_LOOK) % _LOOK_EVERY == 0
+
+
+def beaten(
+    gains: Sequence[Sequence[float]],
+    interval: Callable[[Sequence[float]], tuple[float, float]] = median_interval,
+) -> set[int]:
     """Return which plans of an interleaved run cannot win any more.
 
-    Those are the plans whose whole interval of the median gain is not above 1, or lies below another plan's, pair by
-    pair.
+    Those are the plans whose whole interval of the gain is not above 1, or lies below another plan's, pair by pair.
 
     Args:
         gains: Of each plan, those of every pair with plain PyTorch so far, see `pair_gains`.
+        interval: What is taken for the interval of several gains.
     """
     rounds = max(map(len, gains), default=0)
-    if rounds < _FIRST_LOOK or (rounds - _FIRST_LOOK) % _LOOK_EVERY:
+    if not is_look(rounds):
         return set()
     running = [i for i, of_plan in enumerate(gains) if len(of_plan) == rounds]
     return {
         i
         for i in running
-        if median_interval(gains[i])[1] <= 1.0
-        or any(median_interval([b / a for a, b in zip(gains[i], gains[j], strict=True)])[0] > 1.0 for j in running)
+        if interval(gains[i])[1] <= 1.0
+        or any(interval([b / a for a, b in zip(gains[i], gains[j], strict=True)])[0] > 1.0 for j in running)
     }
 
 

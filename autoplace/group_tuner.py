@@ -5,7 +5,10 @@
 
 Every rank runs it with the same arguments, and returns the same. The baselines are measured in the same rounds as the
 rest: the fastest single device, and even data parallel, which is what people would run without us. A plan is kept in
-their place when its median gain in the objective over the better of them exceeds the noise of that run.
+their place when the whole interval of its gain in the objective over the better of them lies above 1, and the gain
+exceeds what separates two series of that baseline, where something does. Steps over ranks may take seconds, so rounds
+are few: the interval is the signed-rank test's (→ `measure.protocol.centre_of`), plans that are beaten leave the
+deciding run to the others (→ `choose.beaten`), and it ends where one is left that has won.
 
 The climb is there because the last few per cent are not to be had by prediction: shares of a batch and cuts that the
 simulator likes best have neighbours that are faster. It measures the neighbours of the best
@@ -15,7 +18,7 @@ plan of each kind (→ `neighbours`), save those that the calibrated simulator e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +27,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from autoplace.choose import MOST_FINALISTS, compare, noise_of
+from autoplace.choose import MOST_FINALISTS, NOISE_FLOOR, beaten, is_look, pair_gains
 from autoplace.costs.calibrate_cluster import ClusterCalibration, calibrate_cluster
 from autoplace.costs.cluster_build import profile_cluster
 from autoplace.costs.footprint import few_samples, samples_on
@@ -32,6 +35,7 @@ from autoplace.errors import InfeasibleError
 from autoplace.graph.capture import capture
 from autoplace.graph.coarsen import coarsen
 from autoplace.measure.pool import plan_key
+from autoplace.measure.protocol import centre_of
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
 from autoplace.problem import Objective, Problem
@@ -55,7 +59,12 @@ T = TypeVar("T")
 _PROFILED = 3
 """Passes to take medians over; real runs correct what they say."""
 _SCREENED, _SCREENED_AGAIN = 5, 3
-_ROUNDS, _FINAL_ROUNDS = 3, 11
+_ROUNDS, _FINAL_ROUNDS = 3, 33
+_SHARES = {"screen": 0.3, "again": 0.1, "climb": 0.15, "decide": 0.45}
+"""Step to its part of the budget."""
+_DECIDING_ROUNDS, _MOST_OVER = 7, 0.5
+"""What the deciding run has even where it takes this part of the budget beyond it: with fewer rounds the interval of a
+median is as wide as they lie apart, and chance decides."""
 _MOST_RUNS = 90
 """Plans measured before the deciding run."""
 _CLIMBED_FROM = 1.15
@@ -91,7 +100,7 @@ class GroupResult:
     plan: Plan
     rows: tuple[GroupRow, ...]
     noise: float
-    """A/A noise of the deciding run, as a fraction."""
+    """By how much two series of the baseline differed in the deciding run, as a fraction; 0.01 where by nothing."""
     runs: int
     """Plans measured, those measured twice counted twice."""
     problem: Problem | None = None
@@ -221,13 +230,13 @@ class _Tuning:
             exports=exports,
             lots=lots_of(problem, self.session),
         )
-        self._screen(evaluator, _SCREENED, budget_s * 0.35)
+        self._screen(evaluator, _SCREENED, budget_s * _SHARES["screen"])
         if self._calibrate(problem, policy, again=True):
-            self._screen(evaluator, _SCREENED_AGAIN, budget_s * 0.1)
+            self._screen(evaluator, _SCREENED_AGAIN, budget_s * _SHARES["again"])
             self._calibrate(problem, policy, again=False)
-        if self._climb(evaluator, problem, end - budget_s * 0.3):
+        if self._climb(evaluator, problem, end - budget_s * _SHARES["decide"]):
             self._calibrate(problem, policy, again=False)
-        best, noise = self._decide(evaluator, max(1.0, self._left(end)))
+        best, noise = self._decide(evaluator, max(1.0, self._left(end)), budget_s * _MOST_OVER)
         self.seconds["measure"] = time.perf_counter() - start - sum(self.seconds.values())
         return GroupResult(
             plan=best.plan,
@@ -364,7 +373,7 @@ class _Tuning:
     def _able(self) -> list[GroupRow]:
         return [r for r in self.rows.values() if r.measured is not None and r.measured.feasible]
 
-    def _decide(self, evaluator: GroupEvaluator, budget_s: float) -> tuple[GroupRow, float]:
+    def _decide(self, evaluator: GroupEvaluator, budget_s: float, over_s: float = 0.0) -> tuple[GroupRow, float]:
         """Run the finalists and the better baseline, twice, in a longer run; return what is kept and the noise."""
         able = sorted(self._able(), key=_measured)
         if not able:
@@ -378,18 +387,53 @@ class _Tuning:
         if not finalists:
             return base, 0.0
         plans = [base.plan, base.plan, *(r.plan for r in finalists)]
-        plain, again, *outcomes = evaluator.evaluate_interleaved(plans, _FINAL_ROUNDS, budget_s=budget_s, settle=1)
+        taken_out: set[int] = set()
+
+        def drop(outcomes: Sequence[Outcome]) -> Collection[int]:
+            plain, _, *others = outcomes
+            gains = [pair_gains(plain, outcome, self.objective) for outcome in others]
+            taken_out.update(i for i, of_plan in enumerate(gains) if not of_plan)
+            taken_out.update(beaten(gains, _interval))
+            left = [of_plan for i, of_plan in enumerate(gains) if i not in taken_out]
+            rounds = len(plain.samples_ms)
+            if not left or (len(left) == 1 and is_look(rounds) and _interval(left[0])[0] > 1.0 + NOISE_FLOOR):
+                return range(len(plans))
+            return [2 + i for i in taken_out]
+
+        needed_s = _DECIDING_ROUNDS * 2 * sum(_latency_ms(r) for r in (base, base, *finalists)) / 1e3
+        budget_s = max(budget_s, min(needed_s, budget_s + over_s))
+        plain, again, *outcomes = evaluator.evaluate_interleaved(
+            plans, _FINAL_ROUNDS, budget_s=budget_s, settle=1, drop=drop
+        )
         if not (plain.feasible and again.feasible):
             return able[0], 0.0
-        noise = noise_of(plain, again)
+        noise = _difference(pair_gains(plain, again, self.objective))
         best, gain = base, 1.0
-        for row, outcome in zip(finalists, outcomes, strict=True):
+        for i, (row, outcome) in enumerate(zip(finalists, outcomes, strict=True)):
             self.rows[plan_key(row.plan)] = replace(row, measured=outcome if outcome.feasible else row.measured)
-            ratio = compare(plain, outcome, self.objective)
-            if ratio is not None and ratio.gain > max(gain, 1.0 + noise) and ratio.gain_low > 1.0:
-                best, gain = row, ratio.gain
+            gains = [] if i in taken_out else pair_gains(plain, outcome, self.objective)
+            if not gains:
+                continue
+            centre, (low, _) = centre_of(gains)
+            if low > 1.0 and centre > max(gain, 1.0 + noise):
+                best, gain = row, centre
         self.rows[plan_key(base.plan)] = replace(base, measured=plain)
         return best, noise
+
+
+def _interval(gains: Sequence[float]) -> tuple[float, float]:
+    return centre_of(gains)[1]
+
+
+def _difference(ratios: Sequence[float]) -> float:
+    """Return by how much two series of one thing differ, as a fraction: no less than the floor, where the signed-rank
+    test finds nothing the floor."""
+    centre, (low, high) = centre_of(ratios)
+    return NOISE_FLOOR if low <= 1.0 <= high else max(NOISE_FLOOR, abs(centre - 1.0))
+
+
+def _latency_ms(row: GroupRow) -> float:
+    return row.measured.latency_ms if row.measured is not None else 0.0
 
 
 def _measured(row: GroupRow) -> float:

@@ -45,9 +45,17 @@ class World:
     def evaluations(self):
         return len(self.plans)
 
-    def evaluate_interleaved(self, plans, rounds, *, budget_s=None, settle=None):
+    def evaluate_interleaved(self, plans, rounds, *, budget_s=None, settle=None, drop=None):
         self.plans += plans
-        return [self._outcome(plan, rounds) for plan in plans]
+        had = [0] * len(plans)
+        out = set()
+        for _ in range(rounds):
+            had = [n + (i not in out) for i, n in enumerate(had)]
+            outcomes = [self._outcome(plan, n) for plan, n in zip(plans, had, strict=True)]
+            out |= set(drop(outcomes)) if drop is not None else set()
+            if len(out) == len(plans):
+                break
+        return outcomes
 
     def _outcome(self, plan, rounds):
         latency = self.simulator.predict_ms(plan)
@@ -158,6 +166,68 @@ def test_the_decision_counts_energy_where_the_objective_does(problem):
     assert best.label == "weighted" and noise == NOISE_FLOOR
     best, _ = tuning(problem, world, plans, Objective(energy_weight=0.9))._decide(world, 10.0)
     assert best.label == "single"
+
+
+def test_what_is_beaten_leaves_the_deciding_run(problem):
+    class Near(World):
+        """Two of the plans are equally fast."""
+
+        def _outcome(self, plan, rounds):
+            near = plan.replicas[0].share == 34 / 48
+            return super()._outcome(plans["weighted"] if near else plan, rounds)
+
+    plans = {
+        "single": single(problem),
+        "weighted": replicas_plan(problem, [0, 1], (32, 16), strategy="weighted"),
+        "equal": replicas_plan(problem, [0, 1], (34, 14), strategy="weighted"),
+        "worse": replicas_plan(problem, [0, 1], (36, 12), strategy="weighted"),
+    }
+    some = tuning(problem, World(problem, ClusterFactors()), plans)
+    best, _ = some._decide(Near(problem, ClusterFactors()), 10.0)
+    assert best.label == "weighted"
+    rounds = {row.label: len(row.measured.samples_ms) for row in some.rows.values()}
+    assert rounds == {"single": 33, "weighted": 33, "equal": 33, "worse": 7}
+
+
+def test_the_deciding_run_ends_where_one_is_left_that_has_won(problem):
+    plans = {
+        "single": single(problem),
+        "weighted": replicas_plan(problem, [0, 1], (32, 16), strategy="weighted"),
+        "worse": replicas_plan(problem, [0, 1], (36, 12), strategy="weighted"),
+    }
+    some = tuning(problem, World(problem, ClusterFactors()), plans)
+    best, _ = some._decide(World(problem, ClusterFactors()), 10.0)
+    assert best.label == "weighted"
+    assert {len(row.measured.samples_ms) for row in some.rows.values()} == {7}
+
+
+def test_the_deciding_run_ends_where_nothing_is_left_to_win(problem):
+    class Broken(World):
+        def _outcome(self, plan, rounds):
+            right = super()._outcome(plan, rounds)
+            return right if plan.shape == "single" else Outcome(source="measured", feasible=False, reason="broken")
+
+    plans = {"single": single(problem), "weighted": replicas_plan(problem, [0, 1], (32, 16), strategy="weighted")}
+    some = tuning(problem, World(problem, ClusterFactors()), plans)
+    best, _ = some._decide(Broken(problem, ClusterFactors()), 10.0)
+    assert best.label == "single" and len(best.measured.samples_ms) == 3, "the kept row is the screening's"
+    plain = next(row for row in some.rows.values() if row.label == "single")
+    assert len(plain.measured.samples_ms) == 1
+
+
+def test_the_deciding_run_gets_rounds_enough(problem):
+    class Asked(World):
+        def evaluate_interleaved(self, plans, rounds, *, budget_s=None, settle=None, drop=None):
+            self.budget_s = budget_s
+            return super().evaluate_interleaved(plans, rounds, budget_s=budget_s, settle=settle, drop=drop)
+
+    plans = {"single": single(problem), "weighted": replicas_plan(problem, [0, 1], (32, 16), strategy="weighted")}
+    some, world = tuning(problem, World(problem, ClusterFactors()), plans), Asked(problem, ClusterFactors())
+    seconds = sum(row.measured.latency_ms * (2 if row.baseline else 1) for row in some.rows.values()) / 1e3
+    some._decide(world, 0.0, 100.0)
+    assert world.budget_s == pytest.approx(7 * 2 * seconds), "seven rounds, an untimed step before each"
+    some._decide(world, 0.0, seconds)
+    assert world.budget_s == pytest.approx(seconds), "and no more than is allowed beyond the budget"
 
 
 def test_a_gain_within_the_noise_is_none(problem):

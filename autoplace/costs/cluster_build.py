@@ -49,6 +49,8 @@ __all__ = ["profile_cluster", "steady_ms"]
 _WINDOW_S = 0.5
 """Five periods of a cgroup's quota: what the window's ends cut off is less than its fifth."""
 _WINDOWS = 4
+_STEADY_S = 4.0
+"""After which no further window begins: the windows of slow hosts are long passes, which average by themselves."""
 _MOST_PACE = 100.0
 """A pace beyond this is no quota but an accident, and so is one below its inverse."""
 
@@ -142,7 +144,7 @@ def steady_ms(workload: Workload, device: Device, *, window_s: float = _WINDOW_S
         workload: Model, inputs and mode.
         device: Of this machine.
         window_s: Least seconds of a window; longer passes make longer ones.
-        windows: How many.
+        windows: How many, at most; fewer where they take long.
 
     Raises:
         ExecutionError: If the device is not on this machine.
@@ -155,8 +157,12 @@ def steady_ms(workload: Workload, device: Device, *, window_s: float = _WINDOW_S
         timer = Timer(torch_device(device))
         heap = HeapLine.of(device)
         with preserve_model(local.model), local.mode():
+            start = time.perf_counter()
             _pass(local)
-            return statistics.median(_window_ms(local, timer, window_s, heap) for _ in range(windows))
+            found = [_window_ms(local, timer, window_s, heap)]
+            while len(found) < windows and time.perf_counter() - start < _STEADY_S:
+                found.append(_window_ms(local, timer, window_s, heap))
+            return statistics.median(found)
 
     try:
         return worker.run(run)

@@ -39,8 +39,10 @@ from autoplace.workload import Workload, default_loss
 __all__ = ["GroupTimes", "measure_total_ms", "on_device", "profile_groups", "smaller_batch"]
 
 _WARM_UPS = 2
-_LONG_PASS_S = 2.0
-"""A pass that takes longer is repeated at most twice."""
+_LONG_PASS_S = 1.0
+"""A pass that takes longer is repeated at most twice; what is left of warming up is small beside it."""
+_LONG_CALL_S = 0.1
+"""A call of a module alone that takes longer counts at once; it has run before, in whole passes."""
 
 _MAX_GLUE_BACKWARD = 4.0
 """The glue's backward takes no more than this many times its forward; a larger rest is noise and scales all groups."""
@@ -281,7 +283,7 @@ def _backward_groups(
     times, failed = np.zeros(index.count), set()
     for call, group in zip(calls, index.assign([call.path for call in calls]), strict=True):
         try:
-            times[group] += statistics.median([_backward_ms(call, passes.timer) for _ in range(repeats + 1)][1:])
+            times[group] += _repeated_backward_ms(call, passes.timer, repeats)
         except (RuntimeError, TypeError, ValueError):
             failed.add(group)
     if failed:
@@ -289,6 +291,15 @@ def _backward_groups(
         for group in failed:
             times[group] = 2.0 * forward[group]
     return times
+
+
+def _repeated_backward_ms(call: Call, timer: Timer, repeats: int) -> float:
+    """Return the median of a call's backward after one for warming up; of a long one, that one."""
+    start = time.perf_counter()
+    first = _backward_ms(call, timer)
+    if time.perf_counter() - start > _LONG_CALL_S:
+        return first
+    return statistics.median(_backward_ms(call, timer) for _ in range(repeats))
 
 
 def _backward_ms(call: Call, timer: Timer) -> float:

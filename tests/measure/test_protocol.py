@@ -5,10 +5,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from scipy.stats import wilcoxon
 
 from autoplace.errors import ExecutionError, InputError
 from autoplace.measure import aa_noise, interleave, median_interval, pair_ratios, summary
-from autoplace.measure.protocol import Guard
+from autoplace.measure.protocol import Guard, centre_of
 from autoplace.runtime.worker import TaskThread
 
 
@@ -172,3 +173,33 @@ def test_the_interval_of_a_median_covers_it_and_shrinks_with_the_rounds():
     assert np.mean(widths[42]) < np.mean(widths[21]) < np.mean(widths[7])
     with pytest.raises(InputError, match="no samples"):
         median_interval([])
+
+
+def test_the_centre_of_ratios_is_the_signed_rank_tests():
+    ratios = [1.3, 0.9, 1.1, 1.25, 1.05, 1.4, 1.2, 0.98, 1.15]
+    centre, (low, high) = centre_of(ratios)
+    logs = np.log(ratios)
+    for end, inside in ((low, 1.001), (high, 0.999)):
+        assert wilcoxon(logs - np.log(end * inside)).pvalue > 0.05, "what lies inside is not rejected"
+        assert wilcoxon(logs - np.log(end / inside)).pvalue < 0.05, "what lies outside is"
+    assert low < centre < high
+    inverse, (below, above) = centre_of([1 / r for r in ratios])
+    assert (inverse, below, above) == pytest.approx((1 / centre, 1 / high, 1 / low))
+
+
+def test_the_centre_of_few_ratios_lies_between_the_extremes():
+    assert centre_of([1.0, 1.2, 1.1]) == (pytest.approx(1.098, abs=0.001), (1.0, pytest.approx(1.2)))
+    with pytest.raises(InputError, match="no samples"):
+        centre_of([])
+
+
+def test_the_interval_of_the_centre_holds_it_and_is_narrower_than_the_medians():
+    random, held, widths = np.random.default_rng(0), 0, []
+    for _ in range(400):
+        ratios = random.lognormal(np.log(1.1), 0.2, 7).tolist()
+        low, high = centre_of(ratios)[1]
+        held += low <= 1.1 <= high
+        few_low, few_high = median_interval(ratios)
+        widths.append((high - low) / (few_high - few_low))
+    assert held >= 0.92 * 400
+    assert np.mean(widths) < 0.75

@@ -17,7 +17,7 @@ step's time is the slowest rank's, from a barrier on. What fails on one rank is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,11 @@ from .session import Session
 
 __all__ = ["GroupEvaluator"]
 
+Drop = Callable[[Sequence[Outcome]], Collection[int]]
+"""Takes the Outcomes so far, and returns the positions of plans that take no further part; all of them end the run."""
 _RTOL = 2e-3
 """Of a gradient's norm: sums over ranks come in another order than plain PyTorch's."""
+_LEAST_ROUNDS = 3
 _SMALL = 1e-5
 """Gradients below this part of the largest norm are rounding."""
 
@@ -125,26 +128,36 @@ class GroupEvaluator:
         return self.evaluate_interleaved(plans, self._repeats)
 
     def evaluate_interleaved(
-        self, plans: Sequence[Plan], rounds: int, *, budget_s: float | None = None, settle: int | None = None
+        self,
+        plans: Sequence[Plan],
+        rounds: int,
+        *,
+        budget_s: float | None = None,
+        settle: int | None = None,
+        drop: Drop | None = None,
     ) -> list[Outcome]:
         """Measure plans against each other, round by round.
 
         Args:
             plans: Any; the same one may be there twice.
             rounds: Counted steps of each.
-            budget_s: Seconds after which no further round begins once there are three.
+            budget_s: Seconds after which no further round begins once there are a few.
             settle: See the class; None = the evaluator's.
+            drop: Asked on rank 0, with the Outcomes so far, after every round for the plans that take no further part;
+                it is not asked where memory keeps plans apart.
         """
         settle = self._settle if settle is None else settle
         if self._serving:
-            self.session.broadcast(([plan.to_json() for plan in plans], rounds, budget_s, settle))
+            self.session.broadcast(([plan.to_json() for plan in plans], rounds, budget_s, settle, drop is not None))
         self.evaluations += len(plans)
         lots = [list(range(len(plans)))] if self._lots is None else self._lots(plans)
+        drop = drop if len(lots) == 1 else None
         found: dict[int, Outcome] = {}
         with preserved(self.model):
             for lot in lots:
                 own_s = None if budget_s is None else budget_s / len(lots)
-                found.update(zip(lot, self._measured([plans[i] for i in lot], rounds, own_s, settle), strict=True))
+                some = [plans[i] for i in lot]
+                found.update(zip(lot, self._measured(some, rounds, own_s, settle, drop), strict=True))
         outcomes = [found[i] for i in range(len(plans))]
         if self._record is not None and self.session.rank == 0:
             for plan, outcome in zip(plans, outcomes, strict=True):
@@ -168,12 +181,20 @@ class GroupEvaluator:
             order: Any = self.session.broadcast(None)
             if order is None:
                 return
-            plans, rounds, budget_s, settle = order
-            self.evaluate_interleaved([Plan.from_json(p) for p in plans], rounds, budget_s=budget_s, settle=settle)
+            plans, rounds, budget_s, settle, drops = order
+            self.evaluate_interleaved(
+                [Plan.from_json(p) for p in plans],
+                rounds,
+                budget_s=budget_s,
+                settle=settle,
+                drop=_told_by_rank_0 if drops else None,
+            )
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def _measured(self, plans: Sequence[Plan], rounds: int, budget_s: float | None, settle: int) -> list[Outcome]:
+    def _measured(
+        self, plans: Sequence[Plan], rounds: int, budget_s: float | None, settle: int, drop: Drop | None
+    ) -> list[Outcome]:
         end = None if budget_s is None else time.perf_counter() + budget_s
         built: list[DistributedModel | None] = []
         reasons: list[str] = []
@@ -181,6 +202,7 @@ class GroupEvaluator:
         # Where memory is short, every plan finds a heap without what others left, which its first step makes anew.
         settle = settle if self._lots is None else max(1, settle)
         warm: list[bool] = []
+        out: set[int] = set()
         try:
             for plan in plans:
                 known = plan_key(plan) in self._right
@@ -190,7 +212,7 @@ class GroupEvaluator:
                 warm.append(self._check and self._some_is_all and not known)
             for number in range(self._warmup + rounds):
                 for i, runner in enumerate(built):
-                    if runner is None or reasons[i] or (warm[i] and number < self._warmup):
+                    if runner is None or reasons[i] or i in out or (warm[i] and number < self._warmup):
                         continue
                     if self._lots is not None:
                         give_back()
@@ -200,8 +222,16 @@ class GroupEvaluator:
                             break
                     if number >= self._warmup and not reasons[i]:
                         samples[i].append(elapsed_ms)
-                if number - self._warmup + 1 >= 3 and self._over(end):
+                if number < self._warmup:
+                    continue
+                if number - self._warmup + 1 >= _LEAST_ROUNDS and self._over(end):
                     break
+                if drop is not None:
+                    so_far = zip(plans, samples, reasons, strict=True)
+                    told = drop([self._outcome(*one) for one in so_far]) if self.session.rank == 0 else ()
+                    out |= set(self.session.broadcast(told))
+                    if len(out) == len(plans):
+                        break
         finally:
             clear_gradients(self.model)
             for runner in built:
@@ -332,6 +362,11 @@ class GroupEvaluator:
         if not isinstance(told, _Reference):
             raise ExecutionError(f"plain PyTorch cannot run this model on these inputs: {told}")
         return told
+
+
+def _told_by_rank_0(_: Sequence[Outcome]) -> Collection[int]:
+    """Stand for rank 0's `drop` on the ranks that serve, where nobody asks it."""
+    return ()
 
 
 def _fingerprints(gradients: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:

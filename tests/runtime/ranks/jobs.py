@@ -365,6 +365,29 @@ def in_lots(session, shapes):
     return asked, [(o.feasible, o.reason, len(o.samples_ms)) for o in outcomes]
 
 
+def dropping(session, shapes, rank_0_alone):
+    """Return the counted steps of every shape where the second is dropped after two rounds, all after four."""
+    from autoplace.runtime.distributed.pool import GroupEvaluator
+
+    inputs, targets = batch_of("tied", 8)
+    evaluator = GroupEvaluator(model_of("tied").train(), inputs, session, targets=targets, loss=loss_of)
+
+    def drop(outcomes):
+        rounds = len(outcomes[0].samples_ms)
+        return range(len(shapes)) if rounds == 4 else [1] if rounds == 2 else []
+
+    plans = [plan_of(session, shape) for shape in shapes]
+    if not rank_0_alone:
+        outcomes = evaluator.evaluate_interleaved(plans, 9, drop=drop)
+    elif session.rank:
+        evaluator.serve()
+        return None
+    else:
+        outcomes = evaluator.lead().evaluate_interleaved(plans, 9, drop=drop)
+        evaluator.dismiss()
+    return [len(o.samples_ms) for o in outcomes]
+
+
 def checks(session):
     """Return the shapes that were compared with plain PyTorch, where one of them is measured twice."""
     from autoplace.runtime.distributed.pool import GroupEvaluator

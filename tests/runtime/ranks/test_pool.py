@@ -22,6 +22,12 @@ def test_rank_0_leads_and_the_others_follow(two_ranks, jobs):
     assert two_ranks.run(jobs.led, ["replicas", "stages"]) == [3, 3]
 
 
+def test_plans_are_taken_out_alike_on_all_ranks(two_ranks, jobs):
+    shapes = ["single", "replicas", "stages"]
+    assert two_ranks.run(jobs.dropping, shapes, False) == [[4, 2, 4]] * 2
+    assert two_ranks.run(jobs.dropping, shapes, True) == [[4, 2, 4], None], "rank 1 is told"
+
+
 def test_a_plan_that_computes_something_else_is_thrown_out(two_ranks, jobs):
     for replicas, single in two_ranks.run(jobs.wrong_loss):
         assert "the loss is" in replicas and not single
