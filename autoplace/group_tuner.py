@@ -17,6 +17,7 @@ plan of each kind (→ `neighbours`), save those that the calibrated simulator e
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from autoplace.choose import MOST_FINALISTS, NOISE_FLOOR, beaten, is_look, pair_gains
+from autoplace.choose import NOISE_FLOOR, beaten, is_look, pair_gains
 from autoplace.costs.calibrate_cluster import ClusterCalibration, calibrate_cluster
 from autoplace.costs.cluster_build import profile_cluster
 from autoplace.costs.footprint import few_samples, samples_on
@@ -65,6 +66,8 @@ _SHARES = {"screen": 0.3, "again": 0.1, "climb": 0.15, "decide": 0.45}
 _DECIDING_ROUNDS, _MOST_OVER = 7, 0.5
 """What the deciding run has even where it takes this part of the budget beyond it: with fewer rounds the interval of a
 median is as wide as they lie apart, and chance decides."""
+_FINALISTS = 2
+"""Plans in the deciding run, beside the better baseline twice: rounds are worth more than neighbours of the best."""
 _MOST_RUNS = 90
 """Plans measured before the deciding run."""
 _CLIMBED_FROM = 1.15
@@ -383,7 +386,7 @@ class _Tuning:
         if not baselines:
             return able[0], 0.0
         base = baselines[0]
-        finalists = [r for r in able if not r.baseline][:MOST_FINALISTS]
+        finalists = sorted((r for r in able if not r.baseline), key=_expected)[:_FINALISTS]
         if not finalists:
             return base, 0.0
         plans = [base.plan, base.plan, *(r.plan for r in finalists)]
@@ -400,7 +403,7 @@ class _Tuning:
                 return range(len(plans))
             return [2 + i for i in taken_out]
 
-        needed_s = _DECIDING_ROUNDS * 2 * sum(_latency_ms(r) for r in (base, base, *finalists)) / 1e3
+        needed_s = (1 + 2 * _DECIDING_ROUNDS) * sum(_latency_ms(r) for r in (base, base, *finalists)) / 1e3
         budget_s = max(budget_s, min(needed_s, budget_s + over_s))
         plain, again, *outcomes = evaluator.evaluate_interleaved(
             plans, _FINAL_ROUNDS, budget_s=budget_s, settle=1, drop=drop
@@ -438,6 +441,14 @@ def _latency_ms(row: GroupRow) -> float:
 
 def _measured(row: GroupRow) -> float:
     return row.measured.objective if row.measured is not None and row.measured.feasible else float("inf")
+
+
+def _expected(row: GroupRow) -> float:
+    """Return what is to be expected of a plan that had a few rounds: half what it showed, half what the calibrated
+    simulator says, whose error is no larger than the noise of a few long steps."""
+    measured = _measured(row)
+    calibrated = row.calibrated.objective if row.calibrated is not None and row.calibrated.feasible else measured
+    return math.sqrt(measured * calibrated)
 
 
 def _is_baseline(label: str) -> bool:
