@@ -63,9 +63,8 @@ _SCREENED, _SCREENED_AGAIN = 5, 3
 _ROUNDS, _FINAL_ROUNDS = 3, 33
 _SHARES = {"screen": 0.3, "again": 0.1, "climb": 0.15, "decide": 0.45}
 """Step to its part of the budget."""
-_DECIDING_ROUNDS, _MOST_OVER = 7, 0.5
-"""What the deciding run has even where it takes this part of the budget beyond it: with fewer rounds the interval of a
-median is as wide as they lie apart, and chance decides."""
+_DECIDING_ROUNDS, _MOST_OVER = 7, 1.0
+"""What the deciding run has even where it takes this part of the budget beyond it: fewer rounds leave it to chance."""
 _FINALISTS = 2
 """Plans in the deciding run, beside the better baseline twice: rounds are worth more than neighbours of the best."""
 _MOST_RUNS = 90
@@ -138,7 +137,7 @@ def tune_group(
         targets, loss, batch_norm: See `DistributedModel`.
         objective: What to tune for; None = latency.
         policy: Learned policy that proposes too; None goes without.
-        budget_s: Seconds for the real runs.
+        budget_s: Seconds for the real runs; the deciding one has a few rounds even where they take as much again.
         max_groups: Op groups that are placed.
         record: Called on rank 0 with every plan that ran and its Outcome.
         exports: See `DistributedModel`.
@@ -302,7 +301,8 @@ class _Tuning:
                 picked.append(key)
         picked += [k for k, _ in waiting if k not in picked]
         least = 1 + sum(self.rows[k].baseline for k in picked)
-        steps_ms = np.cumsum([(1 + _ROUNDS) * _forecast(self.rows[k]).latency_ms for k in picked])
+        # One step is checked, and one warms up where the check does not; to build the plan takes as long, or longer.
+        steps_ms = np.cumsum([(2 + _ROUNDS) * _forecast(self.rows[k]).latency_ms for k in picked])
         affordable = int(np.searchsorted(steps_ms, budget_s * 1e3, side="right"))
         picked = picked[: min(max(affordable, least), least - 1 + count)]
         if not picked:
