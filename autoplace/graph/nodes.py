@@ -48,7 +48,8 @@ def node_devices(nodes: Sequence[Node], device_of: DeviceOf, root: str, default:
     """Return a device for every node.
 
     Nodes of which the plan says nothing go where the first one that needs them is, if anything that they read is there
-    or they read nothing; else where the last value that they read is.
+    or they read nothing; else where the last value that they read is. What reads nothing but inputs says nothing of
+    where it has to be, so the loss is where the scores are, and not where the labels are first touched.
 
     Args:
         nodes: In execution order.
@@ -67,12 +68,19 @@ def node_devices(nodes: Sequence[Node], device_of: DeviceOf, root: str, default:
         users = sorted((n for n in node.users if n in devices or n in asked), key=lambda n: order.get(n, 0))
         if users and node not in devices:
             asked[node] = devices.get(users[0]) or asked[users[0]]
+    free: list[Node] = []
     for node in nodes:
         if node not in devices:
             read = sorted((n for n in node.all_input_nodes if n in devices), key=order.__getitem__)
             known = [devices[n] for n in read]
-            wish = asked.get(node, default)
-            devices[node] = wish if wish in known or not known else known[-1]
+            wish = asked.get(node)
+            if wish is None and not known:
+                free.append(node)
+            else:
+                devices[node] = wish if wish is not None and (wish in known or not known) else known[-1]
+    for node in reversed(free):
+        users = sorted((n for n in node.users if n in devices), key=lambda n: order.get(n, 0))
+        devices[node] = devices[users[0]] if users else default
     return devices
 
 

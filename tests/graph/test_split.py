@@ -89,6 +89,23 @@ def test_glue_goes_where_it_is_needed():
         assert all(s.device == home for s in program.stages if "arange" in s.module.code)
 
 
+def test_the_loss_is_where_the_scores_are_and_not_where_labels_are_first_touched():
+    class Scored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(300, 300), nn.Linear(300, 300)
+
+        def forward(self, x, labels):
+            scores = self.b(self.a(x))
+            return nn.functional.cross_entropy(scores.view(-1, 300), labels.view(-1)), scores
+
+    x, labels = torch.randn(64, 300), torch.randint(300, (64,))
+    for first, last in (("A", "B"), ("B", "A")):
+        program = cut(Scored(), {"a": first, "b": last}, x, labels)
+        assert [stage.device for stage in program.stages] == [first, last]
+        assert len(program.stages[0].outputs) == 1, "and nothing but the hidden values is handed over"
+
+
 def test_a_shared_module_may_be_split_by_calls():
     class Twice(nn.Module):
         def __init__(self):
