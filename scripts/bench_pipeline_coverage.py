@@ -15,6 +15,7 @@ hanging. Rows are kept in `build/pipeline_coverage.jsonl` as they come, so that 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import select
@@ -36,6 +37,10 @@ CONTENDERS = ("autoplace", "torch")
 _MARK = "row: "
 _MOST_POINTS = 3
 """Places where torch's `pipeline()` is asked to cut, at most."""
+_NO_GRAPH = "cannot capture your model as a full graph"
+"""What torch's `pipeline()` says of a model that it cannot export."""
+_WAIT_S = 8.0
+"""How long a rank of torch's waits for the other; a step takes a fraction of a second."""
 
 
 # -- on the ranks ------------------------------------------------------------------------------------------------------
@@ -119,18 +124,22 @@ def _torch(name: str, session: Any, microbatches: int) -> str:
         case.model.config.use_cache = False  # its exporter does not know the cache's type
     with no_dropout(case.model):
         case.expected = case.pass_(case.model)
+        without: set[Any] = set()
         for form, point in product((_as_it_is, _losing), split_points(case.model)):
+            if form in without:
+                continue
             case.model.zero_grad(set_to_none=True)
             try:
                 reason = _torch_at(case, form(case), point, session, microbatches)
             except Exception as error:
                 reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
-            reason = next((text for text in session.gather(reason) if text), "")
-            if not reason:
+            told = [text for text in session.gather(reason) if text]
+            if not told:
                 return ""
+            reason = next((text for text in told if "Timed out" not in text), told[0])  # else it waited for the other
             reasons.append(f"at {point}: {reason}")
-            if "Connection" in reason or "timed out" in reason.lower():
-                break
+            if _NO_GRAPH in reason:  # wherever it is to be cut
+                without.add(form)
     return "; ".join(reasons[:1]) or "no submodule to cut at"
 
 
@@ -201,7 +210,9 @@ def _torch_at(case: Any, form: _Form, point: str, session: Any, microbatches: in
     )
     if pipe.num_stages != 2:
         raise ValueError(f"it made {pipe.num_stages} stages")
-    stage = pipe.build_stage(session.rank, torch.device("cpu"))
+    # Where one rank fails the other waits for it; in a group of its own it does so for seconds, and the next try runs.
+    own = torch.distributed.new_group(timeout=datetime.timedelta(seconds=_WAIT_S))
+    stage = pipe.build_stage(session.rank, torch.device("cpu"), own)
     schedule = ScheduleGPipe(stage, microbatches, loss_fn=lambda output, _target: form.loss(output))
     losses: list[torch.Tensor] = []
     # A stage takes the inputs that it uses itself by keyword; the first one refuses others.
@@ -301,7 +312,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="architectures to run; all without it")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--microbatches", type=int, default=1)
-    parser.add_argument("--limit-s", type=float, default=60.0, help="seconds that one architecture may be silent")
+    parser.add_argument("--limit-s", type=float, default=150.0, help="seconds that one architecture may be silent")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
     parser.add_argument("--summary", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
