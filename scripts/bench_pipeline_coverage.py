@@ -2,9 +2,10 @@
 
 One training step (no dropout) of every architecture of the acceptance list, on two processes over gloo. Plain PyTorch's
 loss and every gradient are what counts; tolerances are those of `measure.check`. autoplace cuts the exported graph at
-half of the cost (`acceptance_cases.halves`). `torch.distributed.pipelining.pipeline()` is given the model as it is, and
-in a module that takes tensors by position and returns the loss (→ `_losing`), each time with a cut at each of a few
-submodules around the middle (→ `split_points`); it counts as right if any of these runs and gives the right gradients.
+half of the cost (`acceptance_cases.halves`). `torch.distributed.pipelining.pipeline()` is given the model as it is, in
+a module that takes tensors by position and returns the loss (→ `_losing`), and in one without labels that returns the
+scores, with a loss outside (→ `_scoring`), each time with a cut at each of a few submodules around the middle
+(→ `split_points`); it counts as right if any of these runs and gives the right gradients.
 
 Contenders run in processes of their own; a pair that is silent for too long is ended, and its architecture counts as
 hanging. Rows are kept in `build/pipeline_coverage.jsonl` as they come, so that a run that was stopped goes on.
@@ -109,7 +110,7 @@ def _autoplace(name: str, session: Any, microbatches: int) -> str:
                 for n, p in case.model.named_parameters()
                 if p.grad is not None and session.rank in runner.holders(n)
             }
-            return _differs(case, loss, grads, session)
+            return _differs(case.expected, loss, grads, session)
         finally:
             runner.close()
 
@@ -125,7 +126,7 @@ def _torch(name: str, session: Any, microbatches: int) -> str:
     with no_dropout(case.model):
         case.expected = case.pass_(case.model)
         without: set[Any] = set()
-        for form, point in product((_as_it_is, _losing), split_points(case.model)):
+        for form, point in product((_scoring, _as_it_is, _losing), split_points(case.model)):
             if form in without:
                 continue
             case.model.zero_grad(set_to_none=True)
@@ -153,12 +154,14 @@ class _Form(NamedTuple):
     """Of the model's names in the module."""
     loss: Callable[[Any], Any]
     """Of the module's output."""
+    expected: dict[str, Any]
+    """Plain PyTorch's loss and gradients."""
 
 
 def _as_it_is(case: Any) -> _Form:
     from autoplace.workload import default_loss
 
-    return _Form(case.model, (), dict(case.inputs), "", default_loss)
+    return _Form(case.model, (), dict(case.inputs), "", default_loss, case.expected)
 
 
 def _losing(case: Any) -> _Form:
@@ -177,7 +180,45 @@ def _losing(case: Any) -> _Form:
         def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
             return default_loss(self.model(**dict(zip(names, inputs, strict=True)))).reshape(1)
 
-    return _Form(Losing(), tuple(case.inputs.values()), {}, "model.", torch.mean)
+    return _Form(Losing(), tuple(case.inputs.values()), {}, "model.", torch.mean, case.expected)
+
+
+def _scoring(case: Any) -> _Form:
+    """Return the model in a module that takes all but the labels by position and returns the first of its outputs.
+
+    The loss is that output's mean square, for plain PyTorch as well: what torch's pipeline takes best.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    labels = ARCHITECTURES[case.workload.name].labels
+    inputs = {name: value for name, value in case.inputs.items() if name not in labels}
+    makers = ("_shift_right", "prepare_decoder_input_ids_from_labels")
+    shift: Any = next((found for name in makers if (found := getattr(case.model, name, None)) is not None), None)
+    if shift is not None and "labels" in labels and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = shift(case.inputs["labels"])
+    names = tuple(inputs)
+
+    class Scoring(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = case.model
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            output = pytree.tree_leaves(self.model(**dict(zip(names, tensors, strict=True))))
+            return next(t for t in output if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad)
+
+    def loss(scores: torch.Tensor) -> torch.Tensor:
+        return scores.float().square().mean()
+
+    module = Scoring()
+    torch.manual_seed(0)
+    case.model.zero_grad(set_to_none=True)
+    value = loss(module(*inputs.values()))
+    value.backward()
+    grads = {name: p.grad for name, p in case.model.named_parameters()}
+    case.model.zero_grad(set_to_none=True)
+    return _Form(module, tuple(inputs.values()), {}, "model.", loss, {"loss": value.detach(), "grads": grads})
 
 
 def split_points(model: Any) -> list[str]:
@@ -223,15 +264,15 @@ def _torch_at(case: Any, form: _Form, point: str, session: Any, microbatches: in
     loss = torch.stack(losses).mean().item() if losses else 0.0
     loss = max(session.gather(loss), key=abs)
     grads = {n.removeprefix(form.prefix): p.grad for n, p in stage.submod.named_parameters() if p.grad is not None}
-    return _differs(case, loss, grads, session)
+    return _differs(form.expected, loss, grads, session)
 
 
-def _differs(case: Any, loss: float, grads: dict[str, Any], session: Any) -> str:
+def _differs(plain: dict[str, Any], loss: float, grads: dict[str, Any], session: Any) -> str:
     """Return the first difference from plain PyTorch's loss and gradients on rank 0, nothing on the others."""
     import torch
     from acceptance_cases import compare
 
-    found: dict[str, Any] = dict.fromkeys(case.expected["grads"])
+    found: dict[str, Any] = dict.fromkeys(plain["grads"])
     for theirs in session.gather({n: g.detach().clone() for n, g in grads.items()}):
         for name, grad in theirs.items():
             if (
@@ -242,7 +283,7 @@ def _differs(case: Any, loss: float, grads: dict[str, Any], session: Any) -> str
                 return f"the ranks have different gradients of {name!r}"
             if name in found:
                 found[name] = grad
-    expected = {"loss": case.expected["loss"].detach(), "grads": case.expected["grads"]}
+    expected = {"loss": plain["loss"].detach(), "grads": plain["grads"]}
     why, _, _ = compare(expected, {"loss": torch.tensor(loss, dtype=expected["loss"].dtype), "grads": found})
     return why
 
