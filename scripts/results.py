@@ -20,16 +20,26 @@ def provenance(*, seed: int) -> dict[str, Any]:
     """Return machine, date, commit, seed and command of this run."""
     import torch
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "machine": f"{_cpu_model()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "seed": seed,
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def _commit() -> str:
+    """Return the working tree's commit, `-dirty` where files differ; results do not count, since nothing runs them."""
+    commit = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)docs/results")
+    return f"{commit}-dirty" if commit and changed else commit or "unknown"
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def save(name: str, *, seed: int, data: dict[str, Any]) -> Path:
