@@ -1,7 +1,6 @@
 """Where benchmarks say that their results come from."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
