@@ -55,7 +55,7 @@ class OptimizedParallel(torch.nn.Module):
         energy_aware: Minimise the energy-delay product instead of latency; the same as `energy_weight=0.5`.
         energy_weight: w of J = latency^(1-w) * energy^w; None leaves it to `energy_aware`.
         plan: A plan, or the path of a plan file, to run without tuning; checked on the first inputs.
-        loss: Output to scalar loss, for tuning in training; None takes `output.loss`, else a mean square.
+        loss: Output to scalar loss, for tuning in training; None takes the output's `loss`, else a mean square.
         cluster: The devices; None discovers this machine's.
         policy: Learned policy that proposes beside the other strategies; None goes without.
         budget_s: Wall seconds for the real runs of one tuning.

@@ -27,7 +27,7 @@ from autoplace.runtime import build_executor
 from autoplace.runtime.fitness import Habits, unfit
 from autoplace.runtime.tree import Tree
 from autoplace.slots import Mode, Slot, State, tell
-from autoplace.workload import Workload, default_loss
+from autoplace.workload import Workload, default_loss, own_loss
 
 __all__ = ["ModeWorkload", "plan_slot", "quietly", "replan_slot", "tune_slot", "workload_of"]
 
@@ -54,8 +54,7 @@ class ModeWorkload(Workload):
 
 def _default_loss(output: Any) -> torch.Tensor:
     """Return the default loss of an output of any type, dataclasses that PyTorch does not know included."""
-    own = getattr(output, "loss", None)
-    return default_loss(output if isinstance(own, torch.Tensor) else Tree(output).leaves)
+    return default_loss(Tree(output).leaves if own_loss(output) is None else output)
 
 
 def workload_of(state: State, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModeWorkload:

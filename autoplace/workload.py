@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from autoplace.errors import InputError
 
-__all__ = ["Workload", "default_loss", "inputs_of", "loss_of"]
+__all__ = ["Workload", "default_loss", "inputs_of", "loss_of", "own_loss"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,14 +62,20 @@ class Workload:
                 module.training = flag
 
 
+def own_loss(output: Any) -> torch.Tensor | None:
+    """Return the scalar `loss` that an output has as an attribute or under that key; None where it has none."""
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return own if isinstance(own, torch.Tensor) and own.dim() == 0 else None
+
+
 def default_loss(output: Any) -> torch.Tensor:
-    """Return the output's own `loss`, else the mean square of all floating-point output tensors, as a scalar.
+    """Return the output's own loss, else the mean square of all its floating-point tensors, as a scalar.
 
     Raises:
         InputError: If the output holds no floating-point tensor that requires a gradient.
     """
-    own = getattr(output, "loss", None)
-    if isinstance(own, torch.Tensor) and own.dim() == 0:
+    own = own_loss(output)
+    if own is not None:
         return own
     leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     leaves = [t for t in leaves if t.requires_grad]

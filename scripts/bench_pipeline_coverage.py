@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -291,8 +291,11 @@ def _differs(plain: dict[str, Any], loss: float, grads: dict[str, Any], session:
 # -- the parent --------------------------------------------------------------------------------------------------------
 
 
-def run_pair(contender: str, wanted: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run architectures on a pair of processes until all are done or one is silent too long; return the rows."""
+def run_pair(contender: str, wanted: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Run architectures on a pair of processes until all are done, one is silent too long, or one of torch's failed.
+
+    What failed while the other rank waited leaves a thread of gloo's behind that takes a core.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -305,25 +308,35 @@ def run_pair(contender: str, wanted: Sequence[str], options: argparse.Namespace)
                    "--microbatches", str(options.microbatches)]  # fmt: skip
         stdout = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         pair.append(subprocess.Popen(command, env={**os.environ, **own}, stdout=stdout, stderr=subprocess.DEVNULL))
-    rows: list[dict[str, Any]] = []
-    assert pair[0].stdout is not None
-    buffer = b""
-    while len(rows) < len(wanted):
-        ready, _, _ = select.select([pair[0].stdout], [], [], options.limit_s)
-        chunk = os.read(pair[0].stdout.fileno(), 1 << 16) if ready else b""
+    try:
+        yield from _rows_of(pair[0], contender, wanted, options.limit_s)
+    finally:
+        for process in pair:
+            process.kill()
+            process.wait()
+
+
+def _rows_of(
+    process: subprocess.Popen[bytes], contender: str, wanted: Sequence[str], limit_s: float
+) -> Iterator[dict[str, Any]]:
+    """Read the rows that rank 0 prints; the last is one of our own where it ended or hung before all were there."""
+    assert process.stdout is not None
+    buffer, left = b"", list(wanted)
+    while left:
+        ready, _, _ = select.select([process.stdout], [], [], limit_s)
+        chunk = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
         if not chunk:
             why = "it hung" if not ready else "its process died"
-            rows.append({"name": wanted[len(rows)], "contender": contender, "ok": False, "reason": why})
-            break
+            yield {"name": left[0], "contender": contender, "ok": False, "reason": why}
+            return
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
             if line.startswith(_MARK.encode()):
-                rows.append(json.loads(line[len(_MARK) :]))
-                print(_line(rows[-1]), flush=True)
-    for process in pair:
-        process.kill()
-        process.wait()
-    return rows
+                row = json.loads(line[len(_MARK) :])
+                left.remove(row["name"])
+                yield row
+                if contender == "torch" and not row["ok"]:
+                    return
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -371,9 +384,10 @@ def main() -> int:
     ROWS.parent.mkdir(exist_ok=True)
     for contender in [] if options.summary else options.contenders:
         while left := [n for n in wanted if (contender, n) not in rows]:
-            with ROWS.open("a", encoding="utf-8") as kept:
-                for row in run_pair(contender, left, options):
-                    rows[row["contender"], row["name"]] = row
+            for row in run_pair(contender, left, options):
+                rows[row["contender"], row["name"]] = row
+                print(_line(row), flush=True)
+                with ROWS.open("a", encoding="utf-8") as kept:
                     kept.write(json.dumps(row) + "\n")
     return report(rows, wanted, options)
 

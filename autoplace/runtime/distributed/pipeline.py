@@ -66,7 +66,7 @@ class Pipeline:
         session: The group; every rank of the replica makes this object.
         group: The process group of the replica's ranks.
         microbatches: At most so many.
-        loss: Used in training; None takes `output.loss`, else a mean square.
+        loss: Used in training; None takes the output's `loss`, else a mean square.
         exports: What other plans of this model have exported, and this one may; see `ProgramCache`.
     """
 

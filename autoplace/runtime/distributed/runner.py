@@ -66,7 +66,7 @@ class DistributedModel:
         model: The model; the same on every rank.
         plan: The plan; the same on every rank.
         session: The group.
-        loss: Output to scalar loss for `train_step`; None takes `output.loss`, else a mean square.
+        loss: Output to scalar loss for `train_step`; None takes the output's `loss`, else a mean square.
         batch_norm: `local` lets replicas compute batch statistics of their own parts, as DistributedDataParallel does;
             `whole` refuses such plans.
         lookout: Watches the other ranks; None = nobody does.
