@@ -4,6 +4,10 @@
 reference plan, so that a machine that slows down does not punish the policy. A plan that comes again is measured again,
 so that every reward is a run of its own; where runs are dear, a share of them can be answered from memory, and plans
 that a simulator finds hopeless get its word for a reward.
+
+A few dozen noisy runs do not move PPO far. What they found is not lost: in the end the best plans of the training are
+measured again beside the policy's own, and one that is better beyond chance is taught to it (self-imitation: Oh et al.
+2018, "Self-imitation learning"). → `ReferencedEvaluator.confirmed`
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import numpy as np
 
 from autoplace.envs.reference import constructive_baselines
 from autoplace.errors import InfeasibleError
+from autoplace.measure.protocol import centre_of
 from autoplace.outcome import Evaluator, Outcome
 from autoplace.plan import Plan
 from autoplace.problem import Problem
@@ -27,6 +32,10 @@ __all__ = ["MeasuredCase", "ReferencedEvaluator", "measured_config"]
 
 _HOPELESS = 1.5
 """Times the reference's forecast from which on a plan is not run."""
+
+
+_FINALISTS, _CONFIRMING = 3, 7
+"""Plans of the training that are measured again in the end, and the runs of each."""
 
 
 def _undivided(plan: Plan) -> Plan:
@@ -113,6 +122,37 @@ class ReferencedEvaluator:
         for i, outcome in zip(waiting, self._run([plans[i] for i in waiting]), strict=True):
             found[i] = outcome
         return [outcome for outcome in found if outcome is not None]
+
+    def confirmed(self, own: Plan | None) -> Plan | None:
+        """Return the plan of the training that is better than the policy's own, as it runs; None where none is.
+
+        The best few are measured again beside the policy's own, for of many noisy runs the best are lucky ones. The
+        whole interval of the ratio has to lie above 1 (→ `measure.protocol.centre_of`).
+
+        Args:
+            own: What the policy proposes when it is greedy; None where it finds no plan.
+        """
+        able = [known for known in self._known.values() if known.outcomes and all(o.feasible for o in known.outcomes)]
+        able.sort(key=lambda known: float(np.mean([o.objective for o in known.outcomes])))
+        plans = [known.plan for known in able[:_FINALISTS]]
+        if own is not None:
+            own = self._case.as_run(own)
+            self._known.setdefault(_key(own), _Known(own))
+            plans = [own, *(plan for plan in plans if _key(plan) != _key(own))]
+        if not plans or plans == [own]:
+            return None
+        runs = [self._run(plans) for _ in range(_CONFIRMING)]
+        objectives = np.asarray([[o.objective if o.feasible else math.inf for o in run] for run in runs])
+        beside = objectives[:, 0] if own is not None else np.full(_CONFIRMING, math.inf)
+        found = []
+        for plan, column in zip(plans, objectives.T, strict=True):
+            if plan is own or not np.isfinite(column).all():
+                continue
+            if not np.isfinite(beside).all():
+                found.append((-float(np.median(column)), plan))
+            elif (gain := centre_of(beside / column))[1][0] > 1.0:
+                found.append((gain[0], plan))
+        return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def _hopeless(self, plan: Plan) -> Outcome | None:
         """Return what is foretold of a plan that is not worth a run; None where it is worth one."""

@@ -2,7 +2,8 @@
 
     imitate   → `imitation.clone_epoch`, one epoch a chunk: the best plans of heuristics and annealing
     simulate  → `ppo.PpoTrainer`: PPO whose reward is the simulator's
-    measure   → `ppo.PpoTrainer` over `measured.ReferencedEvaluator`: PPO whose reward is real runs
+    measure   → `ppo.PpoTrainer` over `measured.ReferencedEvaluator`: PPO whose reward is real runs; then imitation of
+                the best that ran, where it is better than what the policy proposes
 
 After every chunk stands a checkpoint; resuming from it gives what an uninterrupted run gives (the measured stage
 excepted, for no two real runs are equal). Runs without MLflow; metrics go to a callback.
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 
 from autoplace.envs import ProblemCache
-from autoplace.errors import InputError
+from autoplace.errors import InfeasibleError, InputError
+from autoplace.plan import Plan
 from autoplace.policy.network import PolicyConfig, PolicyNetwork
 from autoplace.policy.policy import Policy
 from autoplace.problem import Problem
@@ -43,6 +45,8 @@ __all__ = ["PARTS", "STAGES", "TrainConfig", "train"]
 
 Log = Callable[[dict[str, float], int], None]
 Progress = Callable[[str, int, int], None]
+_TAUGHT_EPOCHS = 200
+"""Passes over the best measured plans, at most; they end when the policy decides as these do."""
 _TEACHERS_KEPT = 50
 """Teachers found between two writes of their file."""
 
@@ -245,8 +249,30 @@ class _Training:
             runs = float(sum(e.measured for e in evaluators))
             self._keep(chunk + 1, {"measure/runs": runs}, dict(trainer.optimizer_state or {}), validate=False)
         trainer.close()
+        self._teach(evaluators)
+        self._keep(self.at.chunk, {}, dict(self.at.optimizer or {}), validate=False)
         for case in self.measured:
             case.done()
+
+    def _teach(self, evaluators: Sequence[ReferencedEvaluator]) -> None:
+        """Clone the training's best plans where they run better than what the policy proposes."""
+        policy = Policy.of(self.network)
+        teachers: list[np.ndarray | None] = []
+        for case, evaluator in zip(self.measured, evaluators, strict=True):
+            try:
+                own = Plan.from_assignment(case.problem, policy.greedy(case.problem), strategy="learned")
+            except InfeasibleError:
+                own = None
+            plan = evaluator.confirmed(own)
+            teachers.append(None if plan is None else plan.assignment_array(case.problem))
+        if all(teacher is None for teacher in teachers):
+            return
+        problems = [case.problem for case in self.measured]
+        data = demonstrate(problems, teachers, hard_masks=self.network.config.masks)
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.config.imitate_learning_rate)
+        for epoch in range(_TAUGHT_EPOCHS):
+            if clone_epoch(self.network, optimizer, data, seed=epoch)["imitate/accuracy"] == 1.0:
+                break
 
     def _trainer(
         self,

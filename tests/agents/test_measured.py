@@ -11,6 +11,7 @@ from autoplace.agents.train import train
 from autoplace.errors import InfeasibleError
 from autoplace.outcome import Outcome
 from autoplace.plan import Plan
+from autoplace.policy.policy import Policy
 from autoplace.problem import Semantics
 from autoplace.simulate.evaluator import SimulatedEvaluator
 
@@ -90,6 +91,50 @@ def test_the_measured_stage_raises_the_measured_reward(lanes, tiny):
     record = json.loads((config.output / "measured.jsonl").read_text().splitlines()[0])
     assert record["outcome"]["source"] == "measured" and len(record["assignment"]) == 8
     assert math.isfinite(record["reward"])
+
+
+class Noisy(DriftingMachine):
+    """Real runs with 10 % noise."""
+
+    def __init__(self, problem):
+        super().__init__(problem)
+        self.random = np.random.default_rng(0)
+
+    def evaluate(self, plans):
+        factors = self.random.lognormal(0.0, 0.1, len(plans))
+        return [
+            replace(o, objective=o.objective * f)
+            for o, f in zip(super().evaluate(plans), factors, strict=True)
+        ]  # fmt: skip
+
+
+def test_only_what_is_better_beyond_chance_is_confirmed(lanes):
+    problem, fast = lanes
+    best, worse = (Plan.from_assignment(problem, row, strategy="x") for row in (fast, 1 - fast))
+    evaluator = ReferencedEvaluator(MeasuredCase(problem=problem, evaluator=Noisy(problem)))
+    assert evaluator.confirmed(worse) is None, "nothing else has run"
+    evaluator.evaluate([best, worse])
+    assert evaluator.confirmed(worse) == best and evaluator.confirmed(None) == best
+    assert evaluator.confirmed(best) is None
+
+
+class Contrary(DriftingMachine):
+    """Real runs that are fast where the simulator expects them to be slow."""
+
+    def evaluate(self, plans):
+        turned = [1 - p.assignment_array(self.problem) for p in plans]
+        return super().evaluate([Plan.from_assignment(self.problem, row, strategy="turned") for row in turned])
+
+
+def test_the_best_that_ran_is_taught(lanes, tiny):
+    problem, _ = lanes
+    case = MeasuredCase(problem=problem, evaluator=Contrary(problem))
+    config = tiny(stages=("measure",), measure_plans=20, hidden=32)
+    policy = Policy.load(train(config, measured=[case]))
+    lines = [json.loads(line) for line in (config.output / "measured.jsonl").read_text().splitlines()]
+    score = SimulatedEvaluator(problem).score
+    ran = min(score(1 - np.asarray(line["assignment"]))[0] for line in lines)
+    assert score(1 - policy.greedy(problem))[0] <= ran
 
 
 def test_the_plot_shows_every_plan_and_the_moving_average():
