@@ -5,9 +5,9 @@ reference plan, so that a machine that slows down does not punish the policy. A 
 so that every reward is a run of its own; where runs are dear, a share of them can be answered from memory, and plans
 that a simulator finds hopeless get its word for a reward.
 
-A few dozen noisy runs do not move PPO far. What they found is not lost: in the end the best plans of the training are
-measured again beside the policy's own, and one that is better beyond chance is taught to it (self-imitation: Oh et al.
-2018, "Self-imitation learning"). → `ReferencedEvaluator.confirmed`
+A few dozen noisy runs do not move PPO far. What they found is not lost: in the end the best plans of the training, and a
+few of other planners, are measured again beside the policy's own, and one that is better beyond chance is taught to it
+(self-imitation: Oh et al. 2018, "Self-imitation learning"). → `ReferencedEvaluator.confirmed`
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HOPELESS = 1.5
 
 
 _FINALISTS, _CONFIRMING = 3, 7
-"""Plans of the training that are measured again in the end, and the runs of each."""
+"""Plans of the training that are measured again in the end, and the runs of each of them and of the teachers'."""
 
 
 def _undivided(plan: Plan) -> Plan:
@@ -62,6 +62,8 @@ class MeasuredCase:
     """Plans that are measured in one go, beside one run of the reference."""
     temperature: float = 1.0
     """By which a policy is softened that the training starts from: one that is sure of itself tries nothing else."""
+    teachers: Sequence[Plan] = ()
+    """Other planners' plans, as they run, that the policy learns from where they turn out to be better."""
     done: Callable[[], None] = lambda: None
     """Called when the last plan has run, for those who help to run them."""
 
@@ -124,7 +126,7 @@ class ReferencedEvaluator:
         return [outcome for outcome in found if outcome is not None]
 
     def confirmed(self, own: Plan | None) -> Plan | None:
-        """Return the plan of the training that is better than the policy's own, as it runs; None where none is.
+        """Return a plan of the training, or a teacher's, that is better than the policy's own; None where none is.
 
         The best few are measured again beside the policy's own, for of many noisy runs the best are lucky ones. The
         whole interval of the ratio has to lie above 1 (→ `measure.protocol.centre_of`).
@@ -135,6 +137,9 @@ class ReferencedEvaluator:
         able = [known for known in self._known.values() if known.outcomes and all(o.feasible for o in known.outcomes)]
         able.sort(key=lambda known: float(np.mean([o.objective for o in known.outcomes])))
         plans = [known.plan for known in able[:_FINALISTS]]
+        for plan in self._case.teachers:
+            self._known.setdefault(_key(plan), _Known(plan))
+            plans += [] if _key(plan) in map(_key, plans) else [plan]
         if own is not None:
             own = self._case.as_run(own)
             self._known.setdefault(_key(own), _Known(own))

@@ -44,6 +44,8 @@ __all__ = ["case_over_ranks"]
 
 _PIPELINES = 4
 """Run before the training, for the calibration."""
+_TEACHERS = 2
+"""Pipelines, the best by the calibrated simulator, that the policy learns from where they are better than its own."""
 _TOGETHER = 5
 """Plans that are measured beside one run of the reference."""
 _TEMPERATURE = 3.0
@@ -173,8 +175,8 @@ def _case(problem: Problem, proposed: Sequence[Candidate], evaluator: GroupEvalu
     simulator = ClusterEvaluator(problem, factors=factors)
     split = [plan for plan in pipelines if plan.microbatches > 1]
     foretold = simulator.evaluate(split)
-    best = min(range(len(split)), key=lambda i: foretold[i].objective, default=None)
-    count = dividing(MICROBATCHES, problem.batch_size)[-1] if best is None else split[best].microbatches
+    ranked = sorted(range(len(split)), key=lambda i: foretold[i].objective)
+    count = split[ranked[0]].microbatches if ranked else dividing(MICROBATCHES, problem.batch_size)[-1]
     corrected = problem.with_(latency_ms=simulator.latency_ms, overhead_ms=simulator.overhead_ms)
     line = _Line(problem, simulator)
     return MeasuredCase(
@@ -186,5 +188,6 @@ def _case(problem: Problem, proposed: Sequence[Candidate], evaluator: GroupEvalu
         forecast=line.forecast,
         together=_TOGETHER,
         temperature=_TEMPERATURE,
+        teachers=[line.as_run(split[i]) for i in ranked[:_TEACHERS]],
         done=evaluator.dismiss,
     )
