@@ -5,9 +5,9 @@ reference plan, so that a machine that slows down does not punish the policy. A 
 so that every reward is a run of its own; where runs are dear, a share of them can be answered from memory, and plans
 that a simulator finds hopeless get its word for a reward.
 
-A few dozen noisy runs do not move PPO far. What they found is not lost: in the end the best plans of the training, and a
-few of other planners, are measured again beside the policy's own, and one that is better beyond chance is taught to it
-(self-imitation: Oh et al. 2018, "Self-imitation learning"). → `ReferencedEvaluator.confirmed`
+A few dozen noisy runs do not move PPO far. What they found is not lost: in the end the best plans of the training, and
+a few of other planners, are measured again beside the policy's own, and one that is better beyond chance is taught to
+it (self-imitation: Oh et al. 2018, "Self-imitation learning"). → `ReferencedEvaluator.confirmed`
 """
 
 from __future__ import annotations
