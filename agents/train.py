@@ -45,8 +45,11 @@ __all__ = ["PARTS", "STAGES", "TrainConfig", "train"]
 
 Log = Callable[[dict[str, float], int], None]
 Progress = Callable[[str, int, int], None]
-_TAUGHT_EPOCHS = 200
-"""Passes over the best measured plans, at most; they end when the policy decides as these do."""
+_TAUGHT_EPOCHS, _TAUGHT = 200, 0.05
+"""Passes over the best measured plans, at most, and the loss (nats a decision) at which they end."""
+_PROFILES, _PROFILE_NOISE = 8, 0.1
+"""Profiles of a problem that its best plan is taught for, and by how much the speeds of devices differ between them
+(standard deviation of the logarithm): another profile of the same machine does not find the same either."""
 _TEACHERS_KEPT = 50
 """Teachers found between two writes of their file."""
 
@@ -267,11 +270,13 @@ class _Training:
             teachers.append(None if plan is None else plan.assignment_array(case.problem))
         if all(teacher is None for teacher in teachers):
             return
-        problems = [case.problem for case in self.measured]
-        data = demonstrate(problems, teachers, hard_masks=self.network.config.masks)
+        random = np.random.default_rng(self.config.seed)
+        problems = [problem for case in self.measured for problem in _profiles(case.problem, random)]
+        taught = [teacher for teacher in teachers for _ in range(_PROFILES)]
+        data = demonstrate(problems, taught, hard_masks=self.network.config.masks)
         optimizer = torch.optim.Adam(self.network.parameters(), lr=self.config.imitate_learning_rate)
         for epoch in range(_TAUGHT_EPOCHS):
-            if clone_epoch(self.network, optimizer, data, seed=epoch)["imitate/accuracy"] == 1.0:
+            if clone_epoch(self.network, optimizer, data, seed=epoch)["imitate/loss"] < _TAUGHT:
                 break
 
     def _trainer(
@@ -315,6 +320,12 @@ class _Training:
         card = write_card(config, facts, figures)
         policy.save(target, card=card, evaluation=evaluation)
         return target
+
+
+def _profiles(problem: Problem, random: np.random.Generator) -> list[Problem]:
+    """Return a problem as it was profiled, and as it might have been."""
+    factors = random.lognormal(0.0, _PROFILE_NOISE, (_PROFILES - 1, 1, problem.num_devices))
+    return [problem, *(problem.with_(latency_ms=problem.latency_ms * factor) for factor in factors)]
 
 
 def _classes(problem: Problem) -> np.ndarray:
