@@ -408,13 +408,14 @@ class _Tuning:
         plain, again, *outcomes = evaluator.evaluate_interleaved(
             plans, _FINAL_ROUNDS, budget_s=budget_s, settle=1, drop=drop
         )
+        lost = set(self.session.broadcast(sorted(taken_out)))  # rank 0 alone was asked
         if not (plain.feasible and again.feasible):
             return able[0], 0.0
         noise = _difference(pair_gains(plain, again, self.objective))
         best, gain = base, 1.0
         for i, (row, outcome) in enumerate(zip(finalists, outcomes, strict=True)):
             self.rows[plan_key(row.plan)] = replace(row, measured=outcome if outcome.feasible else row.measured)
-            gains = [] if i in taken_out else pair_gains(plain, outcome, self.objective)
+            gains = [] if i in lost else pair_gains(plain, outcome, self.objective)
             if not gains:
                 continue
             centre, (low, _) = centre_of(gains)

@@ -202,6 +202,30 @@ def test_the_deciding_run_ends_where_one_is_left_that_has_won(problem):
     assert {len(row.measured.samples_ms) for row in some.rows.values()} == {7}
 
 
+def test_a_rank_that_is_not_asked_keeps_what_rank_0_keeps(problem):
+    class Led(World):
+        """Rank 0 has taken the first finalist out after seven rounds."""
+
+        def evaluate_interleaved(self, plans, rounds, *, budget_s=None, settle=None, drop=None):
+            outcomes = [self._outcome(plan, 11) for plan in plans]
+            ms = [(10.0,) * 11, (10.0,) * 11, (6.0,) * 7, (8.0,) * 11]
+            return [replace(outcome, samples_ms=samples) for outcome, samples in zip(outcomes, ms, strict=True)]
+
+    class Follower(Alone):
+        def broadcast(self, value, source=0):
+            return [0]
+
+    plans = {
+        "single": single(problem),
+        "begun well": replicas_plan(problem, [0, 1], (32, 16), strategy="weighted"),
+        "better": replicas_plan(problem, [0, 1], (36, 12), strategy="weighted"),
+    }
+    some = tuning(problem, World(problem, ClusterFactors()), plans)
+    some.session = Follower()
+    best, _ = some._decide(Led(problem, ClusterFactors()), 10.0)
+    assert best.label == "better"
+
+
 def test_the_deciding_run_ends_where_nothing_is_left_to_win(problem):
     class Broken(World):
         def _outcome(self, plan, rounds):
