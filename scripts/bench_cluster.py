@@ -464,6 +464,10 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         "unequal beds": [f for r, f in compared if not r["bed"].startswith("1:1@")],
         "equal beds": [f for r, f in compared if r["bed"].startswith("1:1@")],
     }
+    for rate in dict.fromkeys(r["bed"].split("@")[1] for r in good):
+        groups[f"unequal beds, {rate} Mbit/s"] = [
+            f for r, f in compared if r["bed"].split("@")[1] == rate and not r["bed"].startswith("1:1@")
+        ]
     groups |= {bed: [f for r, f in compared if r["bed"] == bed] for bed in dict.fromkeys(r["bed"] for r in good)}
     for key, some in groups.items():
         if some:
