@@ -70,6 +70,9 @@ class Plan:
     between them; for compiled plans alone."""
     channels_last: bool = False
     """Whether image inputs of four dimensions are laid out channels last before the model sees them."""
+    sharded: bool = False
+    """Whether data parallelism over ranks leaves each parameter's gradient, and update, to one rank, its owner, which
+    sends the new values out in the next forward; see `runtime.distributed.sharded`."""
     precision: str = "float32"
     """Computation precision; lowered only where the user allows it."""
     graph_fingerprint: str = ""
@@ -85,6 +88,8 @@ class Plan:
             raise PlanFileError(f"engine is {self.engine!r}; use one of {', '.join(ENGINES)}")
         if self.cpp_wrapper and not self.compiled:
             raise PlanFileError("cpp_wrapper is set and compiled is not; set both, or neither")
+        if self.sharded and self.shape != "replicas":
+            raise PlanFileError("sharded is set and the plan has no whole models on several devices; take it out")
 
     @staticmethod
     def plain() -> Plan:
@@ -164,6 +169,7 @@ class Plan:
             "compiled": self.compiled,
             "cpp_wrapper": self.cpp_wrapper,
             "channels_last": self.channels_last,
+            "sharded": self.sharded,
             "precision": self.precision,
             "graph_fingerprint": self.graph_fingerprint,
             "cluster_fingerprint": self.cluster_fingerprint,
@@ -197,6 +203,7 @@ class Plan:
                 compiled=bool(data.get("compiled", False)),
                 cpp_wrapper=bool(data.get("cpp_wrapper", False)),
                 channels_last=bool(data.get("channels_last", False)),
+                sharded=bool(data.get("sharded", False)),
                 precision=str(data.get("precision", "float32")),
                 graph_fingerprint=str(data.get("graph_fingerprint", "")),
                 cluster_fingerprint=str(data.get("cluster_fingerprint", "")),

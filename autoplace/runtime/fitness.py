@@ -82,6 +82,11 @@ def records_outputs(hook: Any) -> bool:
     return defined_in(hook) == "transformers.utils.output_capturing"
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Return whether `torch.compile` has compiled a module."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
 def _parallel_reason(modules: Iterable[torch.nn.Module]) -> str:
     for module in modules:
         for base in type(module).__mro__:
@@ -91,8 +96,7 @@ def _parallel_reason(modules: Iterable[torch.nn.Module]) -> str:
 
 
 def _compiled_reason(modules: Iterable[torch.nn.Module], plan: Plan) -> str:
-    compiled = any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in modules)
-    if not compiled or (plan.shape == "single" and plan.microbatches == 1 and not plan.compiled):
+    if not any(map(is_compiled, modules)) or (plan.shape == "single" and plan.microbatches == 1 and not plan.compiled):
         return ""
     return "torch.compile has compiled the model, or modules of it, as a whole already; wrap the model before compiling"
 

@@ -17,7 +17,7 @@ from autoplace.hardware.buckets import BUCKET_BYTES
 
 from .session import Session
 
-__all__ = ["SharedGradients"]
+__all__ = ["SharedGradients", "flatten", "spread"]
 
 
 class SharedGradients:
@@ -47,12 +47,12 @@ class SharedGradients:
         """Sum; every rank has to call it after its backward."""
         running = []
         for group, parameters in self._buckets:
-            flat = _flatten(parameters)
+            flat = flatten(parameters)
             running.append((parameters, flat, dist.all_reduce(flat, group=group, async_op=True)))
         for parameters, flat, work in running:
             if work is not None:
                 work.wait()
-            _spread(parameters, flat)
+            spread(parameters, flat)
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
@@ -68,7 +68,8 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Par
     return buckets
 
 
-def _flatten(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+def flatten(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Return gradients one after the other, zeros where there is none, and then a 1 or a 0 for each: is there one?"""
     first = parameters[0]
     flat = torch.zeros(sum(p.numel() for p in parameters) + len(parameters), dtype=first.dtype, device=first.device)
     start = 0
@@ -82,7 +83,8 @@ def _flatten(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     return flat
 
 
-def _spread(parameters: Sequence[torch.nn.Parameter], flat: torch.Tensor) -> None:
+def spread(parameters: Sequence[torch.nn.Parameter], flat: torch.Tensor) -> None:
+    """Put summed results of → `flatten` where the gradients are; nothing where no rank had one."""
     start = 0
     present = flat[-len(parameters) :].tolist()
     for parameter, count in zip(parameters, present, strict=True):

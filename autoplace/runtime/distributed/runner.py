@@ -1,7 +1,7 @@
 """`DistributedModel`: a model under a plan on the ranks of a session, whatever the plan's shape.
 
     single      one rank runs the model, the others wait for the loss
-    replicas    weighted data parallel                                  → `data_parallel`
+    replicas    weighted data parallel                                  → `data_parallel`, where sharded `sharded`
     stages      a pipeline                                              → `pipeline`
     hybrid      pipelines, the gradients of their copies summed         → `pipeline`, `gradients`
 
@@ -37,6 +37,7 @@ from .lookout import Lookout
 from .pipeline import Loss, Pipeline
 from .sampler import at_least_one
 from .session import Session
+from .sharded import ShardedDataParallel
 
 __all__ = ["DistributedModel", "part_of"]
 
@@ -107,6 +108,7 @@ class DistributedModel:
         together = session.group(working)
         self._pipeline: Pipeline | None = None
         self._parallel: WeightedDataParallel | None = None
+        self._sharded: ShardedDataParallel | None = None
         self._shared: SharedGradients | None = None
         self._known: set[Any] = set()
         self._holders: dict[str, list[int]] = {}
@@ -114,16 +116,12 @@ class DistributedModel:
         self._accumulating = False
         self._parameters = dict(model.named_parameters())
         session.settle(self._refusal())
+        self._working, self._together = working, together
+        if plan.sharded:
+            self._sharded = ShardedDataParallel(model, session, working, together, bucket_bytes=self._bucket_bytes())
         if plan.shape == "replicas" and self.replica is not None:
-            index = session.cluster.index
-            size = sum(p.nbytes for p in self._parameters.values() if p.requires_grad)
-            self._parallel = WeightedDataParallel(
-                model,
-                session,
-                together,
-                buffers=batch_norm == "local" and _has_statistics(model),
-                bucket_bytes=bucket_bytes_of(size, [index[session.members[r]] for r in working], session.cluster),
-            )
+            if not plan.sharded:
+                self._parallel = self._weighted()
             if lookout is not None:
                 lookout.role = f"replica {self.replica} of {len(self.ranks)}"
         elif plan.shape in ("stages", "hybrid") and self.replica is not None:
@@ -139,8 +137,26 @@ class DistributedModel:
         self._heap = HeapLine.of(session.device)
         self._hook = model.register_state_dict_pre_hook(lambda *_: self.synchronize())
 
+    def _bucket_bytes(self) -> float:
+        cluster, members = self.session.cluster, self.session.members
+        size = sum(p.nbytes for p in self._parameters.values() if p.requires_grad)
+        return bucket_bytes_of(size, [cluster.index[members[rank]] for rank in self._working], cluster)
+
+    def _weighted(self) -> WeightedDataParallel:
+        return WeightedDataParallel(
+            self.model,
+            self.session,
+            self._together,
+            buffers=self._batch_norm == "local" and _has_statistics(self.model),
+            bucket_bytes=self._bucket_bytes(),
+        )
+
     def _refusal(self) -> ExecutionError | None:
         parts = self.plan.with_(engine="threads")
+        if self.plan.sharded and self.session.torch_device.type != "cpu":
+            return ExecutionError("sharded plans run on processors alone so far; tune again, or take `sharded` out")
+        if self.plan.sharded and _has_statistics(self.model):
+            return ExecutionError("sharded plans do not give batch statistics to all; tune again with another plan")
         if self.plan.shape == "replicas" and self._batch_norm == "local":
             return None
         reason = unfit(self.model, parts, training=self.model.training)
@@ -199,9 +215,29 @@ class DistributedModel:
                         "train with model.train_step(inputs, targets), or run the model under torch.no_grad()"
                     )
                 return self._pipeline.forward(args, kwargs)
+            if self._sharded is not None:
+                self._call_sharded()
             if torch.is_grad_enabled():
                 self._stale = True
             return (self._parallel or self.model)(*args, **kwargs)
+
+    def _call_sharded(self) -> None:
+        """Let a call see the newest values; whoever trains by calls alone gets all gradients everywhere, unsharded.
+
+        Raises:
+            ExecutionError: If gradients are wanted after steps that left them, and the optimizer's state, to owners.
+        """
+        assert self._sharded is not None
+        if not torch.is_grad_enabled():
+            self.synchronize()
+        elif self._sharded.began:
+            raise ExecutionError(
+                "this plan leaves each gradient to one rank; train with model.train_step(inputs, targets) all along, "
+                "or run the model under torch.no_grad()"
+            )
+        else:
+            self._sharded = None
+            self._parallel = None if self.replica is None else self._weighted()
 
     def train_step(self, inputs: Any, targets: Any = None) -> torch.Tensor:
         """Run forward and backward of one whole batch, which every rank passes; the optimizer's step is the caller's.
@@ -218,6 +254,8 @@ class DistributedModel:
         """
         with self._watched():
             self._heap.keep()
+            if self._sharded is not None:
+                self._sharded.arrange()
             args, kwargs = inputs_of(inputs)
             sizes = self.sizes(batch_size(pytree.tree_leaves((args, kwargs))))
             part_args, part_kwargs = self._part((args, kwargs), sizes)
@@ -225,8 +263,8 @@ class DistributedModel:
             weight = 0.0 if self.replica is None else sizes[self.replica] / sum(sizes)
             if self.plan.shape in ("stages", "hybrid"):
                 loss = self._pipelined(inputs, part_args, part_kwargs, part_targets, weight)
-            elif self.replica is None or weight == 0.0:
-                loss = self._alone(part_args, part_kwargs, part_targets, sizes) if self._parallel is not None else None
+            elif self.replica is None:
+                loss = None
             else:
                 loss = self._alone(part_args, part_kwargs, part_targets, sizes)
             self._stale = True
@@ -238,8 +276,15 @@ class DistributedModel:
 
     def _alone(self, args: Any, kwargs: Any, targets: Any, sizes: list[int]) -> torch.Tensor:
         """Run this rank's samples through the whole model."""
+        own, of = sizes[self.replica or 0], sum(sizes)
+        if self._sharded is not None:
+            return self._sharded.step(
+                lambda: loss_of(self._loss, self.model(*args, **kwargs), targets),
+                own / of,
+                accumulate=self._accumulating,
+            )
         if self._parallel is not None:
-            self._parallel.expect(sizes[self.replica or 0], sum(sizes))
+            self._parallel.expect(own, of)
         output = (self._parallel or self.model)(*args, **kwargs)
         loss = loss_of(self._loss, output, targets)
         loss.backward()
@@ -318,6 +363,10 @@ class DistributedModel:
         """Return the ranks on which a parameter or buffer is up to date, the first of which is its owner."""
         if self.plan.shape in ("stages", "hybrid"):
             return self._holders.get(name, list(range(self.session.world_size)))
+        if self._sharded is not None and name in self._parameters:
+            owner = self._sharded.owner(self._parameters[name])
+            if owner is not None:
+                return [owner]
         return sorted(rank for ranks in self.ranks for rank in ranks)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -348,11 +397,13 @@ class DistributedModel:
                 if len(holders) < self.session.world_size:
                     dist.broadcast(tensor.detach(), src=holders[0], group=self._world)
         self._stale = False
+        if self._sharded is not None:
+            self._sharded.caught_up()
 
     def close(self) -> None:
         """Undo the hook at the model; the process group stays."""
         self._hook.remove()
-        self._parallel = self._pipeline = None
+        self._parallel = self._pipeline = self._sharded = None
 
 
 def _digest(data: Any) -> str:

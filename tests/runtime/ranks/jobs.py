@@ -12,6 +12,9 @@ from autoplace.plan import Plan, Replica
 from autoplace.runtime.distributed.runner import DistributedModel
 from autoplace.runtime.distributed.state import load_checkpoint, save_checkpoint
 
+DistributedModel._bucket_bytes = lambda _: 700.0  # these small models fill several buckets then
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
@@ -56,6 +59,25 @@ class Sparse(nn.Module):
         return self.out(self.embed(ids).mean(1))
 
 
+class Sneaky(nn.Module):
+    """Uses parameters without calling the modules that have them, by views, in lists, and in loops of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Linear(6, 8)
+        self.memory = nn.LSTM(8, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.free = nn.Parameter(torch.ones(8))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        width = self.out.weight.shape[1]
+        x = (x @ self.rows.weight.T + self.rows.bias).view(len(x), 2, width // 2).repeat(1, 1, 2)
+        x = self.attention(*[self.memory(x)[0] * self.free] * 3)[0]
+        total = sum(p.square().sum() for p in self.out.parameters()) * 1e-3
+        return nn.functional.linear(x.sum(1), self.out.weight, self.out.bias) + total
+
+
 class Fussy(nn.Module):
     def __init__(self):
         super().__init__()
@@ -67,7 +89,7 @@ class Fussy(nn.Module):
         return self.b(self.a(x))
 
 
-MODELS = {"tied": Tied, "counting": Counting, "sparse": Sparse, "fussy": Fussy}
+MODELS = {"tied": Tied, "counting": Counting, "sparse": Sparse, "fussy": Fussy, "sneaky": Sneaky}
 
 
 def batch_of(kind, size, seed=0):
@@ -77,7 +99,7 @@ def batch_of(kind, size, seed=0):
         return {"ids": ids, "mask": torch.rand(size, 5, generator=random) > 0.2}, torch.roll(ids, 1, 1)
     if kind == "sparse":
         return torch.randint(0, 50, (size, 3), generator=random), torch.randint(0, 2, (size,), generator=random)
-    width = 6 if kind == "counting" else 4
+    width = 6 if kind in ("counting", "sneaky") else 4
     x = torch.randn(size, width, generator=random)
     return x, torch.randint(0, 3, (size,), generator=random)
 
@@ -99,10 +121,10 @@ def plan_of(session, shape, kind="tied", microbatches=1):
     names = session.members
     if shape == "single":
         return Plan(replicas=(Replica(assignment={".": names[-1]}),), strategy="test")
-    if shape == "replicas":
+    if shape in ("replicas", "sharded"):
         shares = {2: (0.7, 0.3), 3: (0.5, 0.3, 0.2)}[len(names)]
         replicas = tuple(Replica(assignment={".": n}, share=s) for n, s in zip(names, shares, strict=True))
-        return Plan(replicas=replicas, strategy="test")
+        return Plan(replicas=replicas, strategy="test", sharded=shape == "sharded")
     order = {"stages": (0, 1), "alternating": (0, 1, 0, 1), "backwards": (1, 0), "hybrid": (0, 1)}[shape]
     staged = Replica(assignment=_assignment(kind, [names[i] for i in order]))
     if shape != "hybrid":
@@ -262,6 +284,59 @@ def other_plan(session):
     except AutoplaceError as error:
         return str(error)
     return ""
+
+
+def called_after(session, steps):
+    """Call a sharded model after some steps: without gradients, and with them; return scores, plain PyTorch's, a word."""
+    model = model_of("tied").train()
+    runner = DistributedModel(model, plan_of(session, "sharded"), session, loss=loss_of)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        for step in range(steps):
+            optimizer.zero_grad()
+            runner.train_step(*batch_of("tied", 6, step))
+            optimizer.step()
+        inputs, targets = batch_of("tied", 6, steps)
+        with torch.no_grad():
+            scores = runner(**inputs)["scores"].clone()
+        optimizer.zero_grad()
+        inputs, targets = runner.shard((inputs, targets))
+        loss_of(runner(**inputs), targets).backward()
+        return scores, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    except AutoplaceError as error:
+        return scores, str(error)
+    finally:
+        runner.close()
+
+
+def thawed(session):
+    """Train with a frozen layer, which then takes part; return the state."""
+    model = model_of("tied").train()
+    model.blocks[1].requires_grad_(False)
+    runner = DistributedModel(model, plan_of(session, "sharded"), session, loss=loss_of)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    try:
+        for step in range(4):
+            model.blocks[1].requires_grad_(step > 1)
+            optimizer.zero_grad()
+            runner.train_step(*batch_of("tied", 6, step))
+            optimizer.step()
+        return {k: v.clone() for k, v in model.state_dict().items()}
+    finally:
+        runner.close()
+
+
+def owned(session):
+    """Return the state's size, in elements, of this rank's optimizer after a sharded step."""
+    model = model_of("tied").train()
+    runner = DistributedModel(model, plan_of(session, "sharded"), session, loss=loss_of)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    try:
+        runner.train_step(*batch_of("tied", 6))
+        optimizer.step()
+        return sum(s["exp_avg"].numel() for s in optimizer.state.values())
+    finally:
+        runner.close()
 
 
 def save_and_load(session, shape, other, folder):

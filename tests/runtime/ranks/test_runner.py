@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-SHAPES = ("single", "replicas", "stages", "alternating", "backwards")
+SHAPES = ("single", "replicas", "sharded", "stages", "alternating", "backwards")
 
 
 def _same(found, wanted, keys=None):
@@ -38,7 +38,7 @@ def test_a_hybrid_sums_over_its_copies(three_ranks, jobs):
 
 def test_an_idle_rank_has_the_parameters_too(three_ranks, jobs):
     losses, _, state = jobs.plain_step("tied", 5, steps=2)
-    for shape in ("single", "stages"):
+    for shape in ("single", "stages", "sharded"):
         for found, _, after in three_ranks.run(jobs.train, shape, "tied", 5, 2, 1):
             assert found == pytest.approx(losses, rel=1e-5)
             _same(after, state)
@@ -47,7 +47,7 @@ def test_an_idle_rank_has_the_parameters_too(three_ranks, jobs):
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_batches_that_do_not_divide(two_ranks, jobs, size):
     losses, _, state = jobs.plain_step("tied", size, steps=2)
-    for shape in ("replicas", "stages"):
+    for shape in ("replicas", "sharded", "stages"):
         for found, _, after in two_ranks.run(jobs.train, shape, "tied", size, 2, 4):
             assert found == pytest.approx(losses, rel=1e-5)
             _same(after, state)
@@ -62,15 +62,59 @@ def test_batch_norm_counts_once_in_a_pipeline_and_is_refused_in_parts(two_ranks,
     for shape, parts in (("replicas", 1), ("stages", 2)):
         told = two_ranks.run(jobs.refused, shape, "counting", 8, parts)
         assert "BatchNorm1d computes statistics over the whole batch" in told[0] and told[0] == told[1]
+    assert "do not give batch statistics to all" in two_ranks.run(jobs.refused, "sharded", "counting", 8, 1)[0]
     assert two_ranks.run(jobs.train, "replicas", "counting", 8, 2, 1)[0][0], "local statistics, where allowed"
 
 
 def test_sparse_gradients(two_ranks, jobs):
     losses, _, state = jobs.plain_step("sparse", 6, steps=2)
-    for shape in ("replicas", "stages"):
+    for shape in ("replicas", "sharded", "stages"):
         for found, _, after in two_ranks.run(jobs.train, shape, "sparse", 6, 2, 1):
             assert found == pytest.approx(losses, rel=1e-5)
             _same(after, state)
+
+
+@pytest.mark.parametrize("kind", ["sneaky", "tied"])
+def test_sharded_parameters_are_waited_for_wherever_they_are_used(three_ranks, jobs, kind):
+    losses, _, state = jobs.plain_step(kind, 7, steps=4)
+    for found, _, after in three_ranks.run(jobs.train, "sharded", kind, 7, 4, 1):
+        assert found == pytest.approx(losses, rel=1e-5)
+        _same(after, state)
+
+
+def test_sharded_optimizers_divide_their_state(three_ranks, jobs):
+    model = jobs.model_of("tied")
+    sizes = three_ranks.run(jobs.owned)
+    assert sum(sizes) == sum(p.numel() for p in model.parameters()) - 6, "all but the unused layer, once"
+    assert max(sizes) < 0.6 * sum(sizes)
+
+
+def test_a_layer_that_thaws_is_sharded_too(two_ranks, jobs):
+    model = jobs.model_of("tied").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(4):
+        model.blocks[1].requires_grad_(step > 1)
+        optimizer.zero_grad()
+        inputs, targets = jobs.batch_of("tied", 6, step)
+        jobs.loss_of(model(**inputs), targets).backward()
+        optimizer.step()
+    for found in two_ranks.run(jobs.thawed):
+        _same(found, model.state_dict())
+
+
+def test_calls_of_a_sharded_model_see_the_newest_values(two_ranks, jobs):
+    _, _, state = jobs.plain_step("tied", 6)
+    plain = jobs.model_of("tied").train()
+    _, grads, _ = jobs.plain_step("tied", 6)
+    for scores, found in two_ranks.run(jobs.called_after, 0):
+        torch.testing.assert_close(scores, plain(**jobs.batch_of("tied", 6)[0])["scores"])
+        _same(found, grads)  # whoever trains by calls alone gets all gradients everywhere
+    # One step of SGD without momentum.
+    plain.load_state_dict(state)
+    wanted = plain(**jobs.batch_of("tied", 6, 1)[0])["scores"]
+    for scores, sentence in two_ranks.run(jobs.called_after, 1):
+        torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-5)
+        assert "train with model.train_step(inputs, targets) all along" in sentence
 
 
 @pytest.mark.parametrize("sizes", [(6,), (6, 6), (6, 3, 5), (4, 1)])
@@ -90,7 +134,7 @@ def test_ranks_count_samples_where_nobody_told(two_ranks, jobs):
         _same(found, grads)
 
 
-@pytest.mark.parametrize("shape", ["stages", "replicas"])
+@pytest.mark.parametrize("shape", ["stages", "replicas", "sharded"])
 def test_gradients_add_up_over_steps(two_ranks, jobs, shape):
     model = jobs.model_of("tied").train()
     for part, size in enumerate((4, 2, 6, 4)):
@@ -101,7 +145,7 @@ def test_gradients_add_up_over_steps(two_ranks, jobs, shape):
         _same(found, wanted, found)
 
 
-@pytest.mark.parametrize("shape", ["stages", "replicas", "single"])
+@pytest.mark.parametrize("shape", ["stages", "replicas", "sharded", "single"])
 def test_the_norm_is_taken_over_all_ranks(two_ranks, jobs, shape):
     _, grads, _ = jobs.plain_step("tied", 6)
     norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
@@ -125,7 +169,11 @@ def test_ranks_with_other_plans_say_so(two_ranks, jobs):
     assert "do not run the same plan and model: plan is" in first and first == second
 
 
-@pytest.mark.parametrize(("shape", "other"), [("stages", "replicas"), ("replicas", "backwards"), ("stages", "single")])
+@pytest.mark.parametrize(
+    ("shape", "other"),
+    [("stages", "replicas"), ("replicas", "backwards"), ("stages", "single"), ("sharded", "stages"),
+     ("replicas", "sharded")],
+)  # fmt: skip
 def test_a_checkpoint_goes_on_under_another_plan(two_ranks, jobs, tmp_path, shape, other):
     loss, state = jobs.plain_adam(3)
     for found, after in two_ranks.run(jobs.save_and_load, shape, other, str(tmp_path / "checkpoint")):
