@@ -295,9 +295,9 @@ class _Tuning:
         )
         picked = [k for k, r in waiting if r.baseline]
         kinds: set[str] = set()
-        for key, row in waiting:  # the best of each shape, then the best
-            if row.plan.shape not in kinds and key not in picked:
-                kinds.add(row.plan.shape)
+        for key, row in waiting:  # the best of each kind, then the best
+            if _kind(row.plan) not in kinds and key not in picked:
+                kinds.add(_kind(row.plan))
                 picked.append(key)
         picked += [k for k, _ in waiting if k not in picked]
         least = 1 + sum(self.rows[k].baseline for k in picked)
@@ -334,7 +334,7 @@ class _Tuning:
         starts: dict[str, GroupRow] = {}
         for row in able:
             if _measured(row) <= _CLIMBED_FROM * _measured(able[0]):
-                starts.setdefault(row.plan.shape, row)
+                starts.setdefault(_kind(row.plan), row)
         before = evaluator.evaluations
         for row in starts.values():
             part = _FIRST_STEP
@@ -362,7 +362,9 @@ class _Tuning:
             plan = Plan.from_json(data)
             known = {r.label for r in (*self.rows.values(), *rows)}
             shares = "/".join(f"{r.share:.2f}" for r in plan.replicas)
-            label = "refined " + (shares if plan.shape == "replicas" else f"x{plan.microbatches}")
+            label = f"refined {'sharded ' * plan.sharded}" + (
+                shares if plan.shape == "replicas" else f"x{plan.microbatches}"
+            )
             label = label if label not in known else f"{label} ({len(known)})"
             rows.append(GroupRow(label=label, plan=plan, calibrated=predicted))
         if not rows:
@@ -450,6 +452,11 @@ def _expected(row: GroupRow) -> float:
     measured = _measured(row)
     calibrated = row.calibrated.objective if row.calibrated is not None and row.calibrated.feasible else measured
     return math.sqrt(measured * calibrated)
+
+
+def _kind(plan: Plan) -> str:
+    """Return which of the ways to run a model a plan is."""
+    return "sharded" if plan.sharded else plan.shape
 
 
 def _is_baseline(label: str) -> bool:

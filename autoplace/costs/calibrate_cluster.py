@@ -190,7 +190,7 @@ def _knobs(evaluator: ClusterEvaluator, plans: Sequence[Plan], prior: ClusterFac
         for device in evaluator.problem.cluster.devices
         if device.name in used
     ]
-    sums = {plan.shape: True for plan in plans if evaluator.exposed_ms(evaluator.jobs(plan), overlap=False)[1]}
+    sums = {plan.shape for plan in plans if evaluator.exposed_ms(evaluator.jobs(plan), overlap=False)[1]}
     if sums:
         knobs.append(_Knob("sync_scale", math.log(prior.sync_scale), 0.7, -_WIDEST, _WIDEST))
     if "replicas" in sums:

@@ -13,6 +13,11 @@ over both ends of a tie between stages.
                 with o = `overlap_share`                                                   → `sync_ms`
     latency  =  max T_r + exposed                                                          → `ClusterEvaluator`
 
+Sharded plans send half of it in the backward and half in the forward (→ `runtime.distributed.sharded`):
+
+    bucket b:   latency + (n-1)/n · bytes / bandwidth, times `sync_scale`, each way        → `scatter_ms`
+    forward:    an op waits until the last bucket with weights of its own has come         → `_stall_ms`
+
 Replicas on one device each run under DistributedDataParallel: the gradients of an op become ready evenly while its
 backward runs, ops in reverse order, and go off in buckets (→ `bucket_bytes_of`). All other plans reduce after their
 ranks' last backward, set of holders by set, so that a last stage, done early, may reduce while the first ones still
@@ -40,7 +45,7 @@ from autoplace.plan import Plan
 from autoplace.problem import Problem
 from autoplace.simulate.cluster_factors import ClusterFactors
 from autoplace.simulate.holdings import activation_bytes, border_buffers, held_by, holder_sets, holders
-from autoplace.simulate.reductions import Reduction, allreduce_ms, buckets_of, finish_ms
+from autoplace.simulate.reductions import Reduction, allreduce_ms, buckets_of, finish_ms, scatter_ms
 from autoplace.simulate.stage_line import StageLine, forward_ops, stage_line
 from autoplace.simulate.stage_schedule import Played, StageTimes, play, schedule_of
 
@@ -71,7 +76,7 @@ def sync_ms(
     jobs = evaluator.jobs(plan)
     if overlap is None:
         overlap = plan.shape == "replicas"
-    return evaluator.exposed_ms(jobs, overlap=overlap)[0]
+    return evaluator.exposed_ms(jobs, overlap=overlap, sharded=plan.sharded)[0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,7 +172,7 @@ class ClusterEvaluator:
         jobs = self.jobs(plan)
         if not jobs or self._refusal(jobs):
             return float("inf")
-        exposed, _ = self.exposed_ms(jobs, overlap=plan.shape == "replicas")
+        exposed, _ = self.exposed_ms(jobs, overlap=plan.shape == "replicas", sharded=plan.sharded)
         return max(job.played.makespan_ms for job in jobs) + exposed
 
     def jobs(self, plan: Plan) -> list[Job]:
@@ -181,12 +186,13 @@ class ClusterEvaluator:
         wanted = 1 if plan.shape in ("single", "replicas") else plan.microbatches
         return [self.replica(row, replica.share, wanted) for row, replica in zip(rows, plan.replicas, strict=True)]
 
-    def exposed_ms(self, jobs: Sequence[Job], *, overlap: bool) -> tuple[float, list[Reduction]]:
+    def exposed_ms(self, jobs: Sequence[Job], *, overlap: bool, sharded: bool = False) -> tuple[float, list[Reduction]]:
         """Return the synchronisation that is not hidden, ms, and the reductions in their order.
 
         Args:
             jobs: The replicas.
             overlap: Whether buckets go off during the backward.
+            sharded: Whether half of the traffic is that of values, in the forward.
         """
         if not self._training or not jobs:
             return 0.0, []
@@ -197,9 +203,12 @@ class ClusterEvaluator:
         if not overlap:
             reductions = [r for devices, size in shared.items() for r in self._after(devices, size, ends)]
             return max(0.0, finish_ms(reductions) - whole), reductions
-        hidden = [r for devices, size in shared.items() for r in self._during(jobs, devices, size)]
+        hidden = [r for devices, size in shared.items() for r in self._during(jobs, devices, size, sharded=sharded)]
         bare = [r._replace(ready_ms=whole) for r in hidden]
         least, most = (max(0.0, finish_ms(some) - whole) for some in (hidden, bare))
+        if sharded:
+            least += max(self._stall_ms(job, devices, size) for devices, size in shared.items() for job in jobs)
+            most *= 2.0
         share = self.factors.overlap_share
         return (share * least + (1.0 - share) * most if np.isfinite(most) else most), hidden
 
@@ -282,7 +291,7 @@ class ClusterEvaluator:
         parts = buckets_of(size, self.bucket_bytes or BUCKET_BYTES)
         return [Reduction(ready, self._took_ms(part, devices), devices) for part in parts]
 
-    def _during(self, jobs: Sequence[Job], devices: tuple[int, ...], size: float) -> list[Reduction]:
+    def _during(self, jobs: Sequence[Job], devices: tuple[int, ...], size: float, *, sharded: bool) -> list[Reduction]:
         """Return the reductions of one set of holders that begin as the backward fills their buckets."""
         bucket = self.bucket_bytes or bucket_bytes_of(size, devices, self.problem.cluster)
         parts = buckets_of(size, bucket)
@@ -292,9 +301,22 @@ class ClusterEvaluator:
             if set(job.line.devices) & set(devices):
                 ready = np.maximum(ready, self._filled_ms(job, filled))
         return [
-            Reduction(float(when), self._took_ms(part, devices), devices)
+            Reduction(float(when), self._took_ms(part, devices, sharded=sharded), devices)
             for part, when in zip(parts, ready, strict=True)
         ]
+
+    def _stall_ms(self, job: Job, devices: tuple[int, ...], size: float) -> float:
+        """Return how long a rank's forward waits for values: they come bucket by bucket, the backward's last first."""
+        parts = buckets_of(size, self.bucket_bytes or bucket_bytes_of(size, devices, self.problem.cluster))[::-1]
+        arrives = np.cumsum([self._took_ms(part, devices, sharded=True) for part in parts])
+        weights = self.problem.graph.weight_bytes[: self._count].astype(np.float64)
+        took = self._op_ms(job.assignment, job.share)[: self._count]
+        starts, filled = np.cumsum(took) - took, np.cumsum(weights)
+        using = np.flatnonzero(weights > 0)
+        if not len(using):
+            return 0.0
+        last = np.minimum(np.searchsorted(np.cumsum(parts), filled[using] - 1e-6), len(parts) - 1)
+        return float(max(0.0, (arrives[last] - starts[using]).max()))
 
     def _filled_ms(self, job: Job, filled: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return when a rank's backward has left that many bytes of gradients; ops in reverse order, ms."""
@@ -307,8 +329,9 @@ class ClusterEvaluator:
         ready: NDArray[np.float64] = start + ends[op] - took[op] * (1.0 - part)
         return ready
 
-    def _took_ms(self, size: float, devices: tuple[int, ...]) -> float:
-        return self.factors.sync_scale * allreduce_ms(size, devices, self.problem.cluster)
+    def _took_ms(self, size: float, devices: tuple[int, ...], *, sharded: bool = False) -> float:
+        took_ms = scatter_ms if sharded else allreduce_ms
+        return self.factors.sync_scale * took_ms(size, devices, self.problem.cluster)
 
     def _evaluate(self, plan: Plan, *, timeline: bool) -> Outcome:
         if plan.is_plain:
@@ -316,7 +339,7 @@ class ClusterEvaluator:
         jobs = self.jobs(plan)
         if reason := self._refusal(jobs):
             return _infeasible(reason)
-        memory = self._memory_bytes(jobs)
+        memory = self._memory_bytes(jobs, sharded=plan.sharded)
         for device, held in zip(self.problem.cluster.devices, memory, strict=True):
             if held > device.memory_bytes:
                 reason = (
@@ -324,7 +347,7 @@ class ClusterEvaluator:
                     f"{device.memory_bytes:.0f}; move ops off it"
                 )
                 return _infeasible(reason, dict(zip(self._names, memory.tolist(), strict=True)))
-        exposed, reductions = self.exposed_ms(jobs, overlap=plan.shape == "replicas")
+        exposed, reductions = self.exposed_ms(jobs, overlap=plan.shape == "replicas", sharded=plan.sharded)
         if not np.isfinite(exposed):
             return _infeasible("two ranks that hold the same weights have no link to sum gradients over; add the link")
         latency_ms = max(job.played.makespan_ms for job in jobs) + exposed
@@ -381,15 +404,17 @@ class ClusterEvaluator:
             PlanFileError: If the plan does not fit the problem.
         """
         jobs = self.jobs(plan)
-        return self._memory_bytes(jobs), self._kept_bytes(jobs)
+        return self._memory_bytes(jobs, sharded=plan.sharded), self._kept_bytes(jobs, sharded=plan.sharded)
 
-    def _memory_bytes(self, jobs: Sequence[Job]) -> NDArray[np.float64]:
+    def _memory_bytes(self, jobs: Sequence[Job], *, sharded: bool) -> NDArray[np.float64]:
         held = held_by(self.problem, [job.assignment for job in jobs])
         own = self.problem.graph.weight_bytes[: self._count].astype(np.float64) @ held
         resting = np.asarray([self.problem.resting_bytes.get(name, np.nan) for name in self._names])
-        total = np.where(np.isnan(resting), own, resting) + self._kept_bytes(jobs)
+        total = np.where(np.isnan(resting), own, resting) + self._kept_bytes(jobs, sharded=sharded)
         if self._training:
-            total += (1.0 + self.optimizer) * own
+            # Sharded: the optimizer's state of a part; buckets, and what others send an owner, as long as they travel.
+            part = 1.0 / len(jobs) if sharded else 1.0
+            total += (1.0 + self.optimizer * part + (2.0 - part if sharded else 0.0)) * own
         for job in jobs:
             fraction = job.share / job.microbatches
             found = activation_bytes(self.problem, job.line, fraction, job.microbatches, job.schedule)
@@ -397,10 +422,10 @@ class ClusterEvaluator:
                 total[device] += size
         return total
 
-    def _kept_bytes(self, jobs: Sequence[Job]) -> NDArray[np.float64]:
+    def _kept_bytes(self, jobs: Sequence[Job], *, sharded: bool) -> NDArray[np.float64]:
         """Return the buckets and buffers of every device, float64[D]."""
         kept = np.zeros(len(self._names))
-        if self._training:
+        if self._training and not sharded:
             for devices, size in self._holder_sets(jobs).items():
                 if len(devices) > 1:
                     kept[list(devices)] += size

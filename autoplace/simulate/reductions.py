@@ -1,4 +1,4 @@
-"""All-reduces of gradients: how long one takes on a ring, how gradients fill buckets, how buckets follow each other.
+"""Sums of gradients: how long one takes on a ring, how gradients fill buckets, how buckets follow each other.
 
 The formulas are those of → `collectives`. Knows nothing of plans.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from autoplace.hardware.buckets import slowest_of_ring
 from autoplace.hardware.cluster import Cluster
 
-__all__ = ["Reduction", "allreduce_ms", "buckets_of", "finish_ms"]
+__all__ = ["Reduction", "allreduce_ms", "buckets_of", "finish_ms", "scatter_ms"]
 
 
 class Reduction(NamedTuple):
@@ -40,6 +40,23 @@ def allreduce_ms(size_bytes: float, devices: Sequence[int], cluster: Cluster) ->
         return float("inf")
     steps = 2 * (count - 1)
     return steps * latency_ms + steps / count * size_bytes / bytes_per_ms
+
+
+def scatter_ms(size_bytes: float, devices: Sequence[int], cluster: Cluster) -> float:
+    """Return what a bucket takes to its owner, or from it to the others, where owners take turns, ms.
+
+    Args:
+        size_bytes: Of the gradients, or values.
+        devices: Indices; see → `allreduce_ms`, whose links it reckons with, as every rank sends as much as on a ring.
+        cluster: The devices.
+    """
+    count = len(set(devices))
+    if count < 2 or size_bytes <= 0.0:
+        return 0.0
+    latency_ms, bytes_per_ms = slowest_of_ring(devices, cluster)
+    if bytes_per_ms <= 0.0:
+        return float("inf")
+    return latency_ms + (count - 1) / count * size_bytes / bytes_per_ms
 
 
 def buckets_of(size: float, bucket_bytes: float) -> list[float]:

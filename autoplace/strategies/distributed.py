@@ -3,6 +3,7 @@
     single      the whole model on one device                                              the fastest that holds it
     even        the whole model on all devices, equal shares                               → `weighted.even_plan`
     weighted    the whole model on some devices, shares by speed and cost of the sum       → `weighted`
+    sharded     the same, every parameter with one owner                                   → `weighted`, `Plan.sharded`
     pipeline    contiguous stages, one a device, and microbatches                          → `pipelines`
     hybrid      replicas of pipelines                                                      → `hybrids`
     learned     the policy's placement, as it is and with each device's ops in one stretch → `learned`
@@ -25,6 +26,7 @@ from autoplace.proposals import with_unique_labels
 from autoplace.result import Candidate
 from autoplace.simulate.cluster_factors import ClusterFactors
 from autoplace.simulate.collectives import ClusterEvaluator
+from autoplace.simulate.stage_line import forward_ops
 from autoplace.strategies._base import Budget
 from autoplace.strategies.hybrids import hybrid_plans
 from autoplace.strategies.pipelines import dividing, in_line, pipeline_plans, planned_problem, stages_plan
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "MICROBATCHES", "propose_distributed"]
 
-KINDS = ("single", "even", "weighted", "pipeline", "hybrid", "learned")
+KINDS = ("single", "even", "weighted", "sharded", "pipeline", "hybrid", "learned")
 """Kinds of plans, of which the best come first."""
 MICROBATCHES = (1, 2, 4, 8)
 """Numbers of microbatches that are planned for."""
@@ -90,6 +92,9 @@ def propose_distributed(
     even = even_plan(problem, sorted(able))
     found["even"] += [] if even is None else [even]
     found["weighted"] += weighted_plans(problem, evaluator, able, evaluations=evaluations)[:_KEPT]
+    if forward_ops(problem.graph)[1] and all(d.kind == "cpu" for d in problem.cluster.devices):
+        some = weighted_plans(problem, evaluator, able, evaluations=evaluations, sharded=True)
+        found["sharded"] += some[:_KEPT]
     if problem.num_devices > 1:
         found["pipeline"] += pipeline_plans(problem, evaluator, microbatches=microbatches, split_ties=split_ties)
     if problem.num_devices > 2:

@@ -34,6 +34,7 @@ def neighbours(problem: Problem, plan: Plan, part: float) -> list[Plan]:
             plan.with_(
                 strategy=_STRATEGY,
                 replicas=tuple(replace(r, share=c / units) for r, c in zip(plan.replicas, moved, strict=True) if c > 0),
+                sharded=plan.sharded and sum(c > 0 for c in moved) > 1,
             )
             for moved in moved_counts(counts, max(1, round(part * units)))
         ]

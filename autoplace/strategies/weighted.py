@@ -1,5 +1,7 @@
 """Data parallelism over ranks: the whole model on several devices, in shares that reckon with the sum of gradients.
 
+Sharded or not (→ `runtime.distributed.sharded`): the shares of both are found alike.
+
 Shares begin where all devices would finish together (→ `replicas.balanced_shares`), for every subset of the devices
 where there are few, and for the fastest k, and the fastest k without one, where there are many: a slow device, or a
 slow link, may cost more than it brings. The best few are improved sample by sample, by the evaluator's prediction.
@@ -26,7 +28,9 @@ _REFINED = 3
 """Subsets whose shares are improved."""
 
 
-def replicas_plan(problem: Problem, devices: Sequence[int], counts: Counts, *, strategy: str) -> Plan:
+def replicas_plan(
+    problem: Problem, devices: Sequence[int], counts: Counts, *, strategy: str, sharded: bool = False
+) -> Plan:
     """Return the plan with a whole model on every device that has samples.
 
     Args:
@@ -34,6 +38,7 @@ def replicas_plan(problem: Problem, devices: Sequence[int], counts: Counts, *, s
         devices: Indices.
         counts: Samples of each; they sum to the batch.
         strategy: Who proposes it.
+        sharded: See `Plan`; one device alone shards nothing.
     """
     names = problem.graph.names
     return Plan(
@@ -45,6 +50,7 @@ def replicas_plan(problem: Problem, devices: Sequence[int], counts: Counts, *, s
             if count > 0
         ),
         strategy=strategy,
+        sharded=sharded and sum(count > 0 for count in counts) > 1,
         graph_fingerprint=problem.graph.fingerprint,
         cluster_fingerprint=problem.cluster.fingerprint,
     )
@@ -60,7 +66,12 @@ def even_plan(problem: Problem, able: Sequence[int]) -> Plan | None:
 
 
 def weighted_plans(
-    problem: Problem, evaluator: ClusterEvaluator, able: Sequence[int], *, evaluations: int = 2000
+    problem: Problem,
+    evaluator: ClusterEvaluator,
+    able: Sequence[int],
+    *,
+    evaluations: int = 2000,
+    sharded: bool = False,
 ) -> list[Plan]:
     """Return data-parallel plans over subsets of the devices with the best shares found, best first.
 
@@ -69,6 +80,7 @@ def weighted_plans(
         evaluator: Predicts.
         able: Indices of devices that can run every op.
         evaluations: Predictions that improving the shares may take.
+        sharded: Whether parameters have owners; see `Plan`.
 
     Returns:
         Plans of two replicas or more that fit; the best of each number of devices among them.
@@ -80,27 +92,33 @@ def weighted_plans(
         chosen = list(devices)
         shares = balanced_shares(fixed[chosen], total[chosen] - fixed[chosen])
         counts = whole_units(shares, problem.batch_size)
-        found[devices] = (_value_of(problem, evaluator, devices)(counts), counts)
+        found[devices] = (_value_of(problem, evaluator, devices, sharded=sharded)(counts), counts)
     ranked = sorted(found.items(), key=lambda item: (item[1][0], len(item[0]), item[0]))
     plans: dict[tuple[tuple[int, int], ...], tuple[float, Plan]] = {}
     sizes = set[int]()
     for position, (devices, (value, counts)) in enumerate(ranked):
         if position < _REFINED:
             value, counts = refine_counts(
-                counts, _value_of(problem, evaluator, devices), most=max(1, evaluations // _REFINED)
+                counts,
+                _value_of(problem, evaluator, devices, sharded=sharded),
+                most=max(1, evaluations // _REFINED),
             )
         elif len(devices) in sizes:
             continue
         sizes.add(len(devices))
         used = tuple((d, c) for d, c in zip(devices, counts, strict=True) if c > 0)
         if len(used) > 1 and np.isfinite(value):
-            plans[tuple(sorted(used))] = (value, replicas_plan(problem, devices, counts, strategy="weighted"))
+            plan = replicas_plan(problem, devices, counts, strategy="weighted", sharded=sharded)
+            plans[tuple(sorted(used))] = (value, plan)
     return [plan for _, plan in sorted(plans.values(), key=lambda pair: pair[0])]
 
 
-def _value_of(problem: Problem, evaluator: ClusterEvaluator, devices: Sequence[int]) -> Callable[[Counts], float]:
+def _value_of(
+    problem: Problem, evaluator: ClusterEvaluator, devices: Sequence[int], *, sharded: bool
+) -> Callable[[Counts], float]:
     def value(counts: Counts) -> float:
-        return evaluator.evaluate([replicas_plan(problem, devices, counts, strategy="weighted")])[0].objective
+        plan = replicas_plan(problem, devices, counts, strategy="weighted", sharded=sharded)
+        return evaluator.evaluate([plan])[0].objective
 
     return value
 

@@ -160,6 +160,29 @@ def test_a_single_device_takes_what_it_takes_alone():
         assert sync_ms(plan, problem) == 0.0
 
 
+def test_sharded_plans_sum_in_the_backward_and_wait_in_the_forward():
+    problem = build()
+    plan = replicas(problem, [0.5, 0.5]).with_(sharded=True)
+    # One bucket: to its owner after the backward, 1 + 400/2/10 ms, and back before the forward begins.
+    assert sync_ms(plan, problem, bucket_bytes=400) == pytest.approx(2 * 21.0)
+    # b's 300 bytes take 16 ms from 5.5 ms on, a's 100 then 6: 20 ms after the end at 7.5. In the forward, a's come at 6
+    # and b's at 22 ms, where b would begin at 1.
+    assert sync_ms(plan, problem, bucket_bytes=300) == pytest.approx(20.0 + 21.0)
+    apart = ClusterFactors(overlap_share=0.0)
+    assert sync_ms(plan, problem, bucket_bytes=300, factors=apart) == pytest.approx(2 * (16.0 + 6.0))
+    assert latency(problem, plan, bucket_bytes=300) == pytest.approx(7.5 + 41.0)
+
+
+def test_sharded_plans_hold_a_part_of_the_optimizers_state_and_no_buckets_between_steps():
+    problem = build()
+    evaluator = ClusterEvaluator(problem, optimizer_bytes_per_weight_byte=2.0)
+    plan = replicas(problem, [0.5, 0.5])
+    (held, kept), (sharded, none) = evaluator.memory_bytes(plan), evaluator.memory_bytes(plan.with_(sharded=True))
+    assert kept.tolist() == [400.0, 400.0] and none.tolist() == [0.0, 0.0]
+    # 400 less of state, 400 less of buckets, and 1.5 times 400 on the way.
+    assert (sharded - held).tolist() == pytest.approx([-400.0 - 400.0 + 600.0] * 2)
+
+
 def test_overheads_do_not_shrink_with_the_share():
     problem = build(link=Link(latency_ms=0.0, bytes_per_ms=1e12))
     problem = problem.with_(overhead_ms=np.full((5, 2), 1.0) * (problem.latency_ms > 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,7 +71,29 @@ def test_equal_devices_get_equal_shares_and_even_is_the_best_of_its_kind():
     found = propose_distributed(build([1.0] * 4))
     (even,) = of_kind(found, "even")
     assert even.label.startswith("even data parallel, weighted") and samples(even, 24) == [6.0] * 4
-    assert found[0] is even
+    assert next(c for c in found if not c.plan.sharded) is even
+
+
+def test_owners_halve_what_a_slow_link_leaves_exposed():
+    # 8 MB: 200 ms on the link, beside 160 of work.
+    problem = build([10.0, 20.0], weight=1_000_000, link=Link(latency_ms=0.1, bytes_per_ms=4e4))
+    found = propose_distributed(problem, factors=ClusterFactors())
+    best = {sharded: next(c for c in found if c.plan.shape == "replicas" and c.plan.sharded is sharded)
+            for sharded in (True, False)}  # fmt: skip
+    assert best[True].label.startswith("sharded 0.")
+    assert best[True].predicted.latency_ms < 0.9 * best[False].predicted.latency_ms
+
+
+def test_gpus_and_inference_know_no_owners():
+    problem = build([1.0, 2.0])
+    gpu = replace(problem.cluster.devices[0], kind="cuda")
+    mixed = problem.with_(cluster=replace(problem.cluster, devices=(gpu, *problem.cluster.devices[1:])))
+    assert not any(c.plan.sharded for c in propose_distributed(mixed))
+    inference = OpGraph.build(
+        names=["a", "b"], edges=[(0, [1], 8.0)], weight_bytes=[8, 8], activation_bytes=[8, 8], flops=[1.0, 1.0]
+    )
+    forward = Problem(graph=inference, cluster=problem.cluster, latency_ms=np.ones((2, 2)), batch_size=4)
+    assert not any(c.plan.sharded for c in propose_distributed(forward))
 
 
 def test_a_device_twice_as_slow_gets_half_as_much():
@@ -136,7 +160,8 @@ def test_all_plans_are_whole_samples_unique_and_in_order(speeds, batch, overhead
 
 def test_every_kind_has_its_best_in_front():
     found = propose_distributed(build([1.0, 1.5, 2.0]))
-    heads = found[:5]
+    heads = found[:6]
+    assert any(c.plan.sharded for c in heads)
     assert shapes(heads) == {"single", "replicas", "stages", "hybrid"}
     assert [c.predicted.objective for c in heads] == sorted(c.predicted.objective for c in heads)
     (single,) = [c for c in found if c.plan.shape == "single"]

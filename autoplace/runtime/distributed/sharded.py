@@ -126,9 +126,7 @@ class ShardedDataParallel:
         """Say that all ranks have the owners' values."""
         self._behind = False
 
-    def step(
-        self, call: Callable[[], torch.Tensor], weight: float, *, accumulate: bool = False
-    ) -> torch.Tensor:
+    def step(self, call: Callable[[], torch.Tensor], weight: float, *, accumulate: bool = False) -> torch.Tensor:
         """Run forward and backward of this rank's samples.
 
         Args:

@@ -287,7 +287,7 @@ def other_plan(session):
 
 
 def called_after(session, steps):
-    """Call a sharded model after some steps: without gradients, and with them; return scores, plain PyTorch's, a word."""
+    """Call a sharded model after some steps, without and with gradients; return scores, and gradients or an error."""
     model = model_of("tied").train()
     runner = DistributedModel(model, plan_of(session, "sharded"), session, loss=loss_of)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
