@@ -362,9 +362,8 @@ class _Tuning:
             plan = Plan.from_json(data)
             known = {r.label for r in (*self.rows.values(), *rows)}
             shares = "/".join(f"{r.share:.2f}" for r in plan.replicas)
-            label = f"refined {'sharded ' * plan.sharded}" + (
-                shares if plan.shape == "replicas" else f"x{plan.microbatches}"
-            )
+            how = f"{plan.sharded:.0%} of {shares}" if plan.sharded else shares
+            label = "refined " + (how if plan.shape == "replicas" else f"x{plan.microbatches}")
             label = label if label not in known else f"{label} ({len(known)})"
             rows.append(GroupRow(label=label, plan=plan, calibrated=predicted))
         if not rows:

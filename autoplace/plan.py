@@ -70,9 +70,10 @@ class Plan:
     between them; for compiled plans alone."""
     channels_last: bool = False
     """Whether image inputs of four dimensions are laid out channels last before the model sees them."""
-    sharded: bool = False
-    """Whether data parallelism over ranks leaves each parameter's gradient, and update, to one rank, its owner, which
-    sends the new values out in the next forward; see `runtime.distributed.sharded`."""
+    sharded: float = 0.0
+    """Part of the parameters' bytes, 0 to 1, that data parallelism over ranks leaves to owners: one rank has such a
+    parameter's gradient, updates it, and sends its new values out in the next forward. Those that the forward uses
+    first; all ranks update the others. See `runtime.distributed.sharded`."""
     precision: str = "float32"
     """Computation precision; lowered only where the user allows it."""
     graph_fingerprint: str = ""
@@ -88,6 +89,8 @@ class Plan:
             raise PlanFileError(f"engine is {self.engine!r}; use one of {', '.join(ENGINES)}")
         if self.cpp_wrapper and not self.compiled:
             raise PlanFileError("cpp_wrapper is set and compiled is not; set both, or neither")
+        if not 0.0 <= self.sharded <= 1.0:
+            raise PlanFileError(f"sharded is {self.sharded:g}; use a part of the parameters, from 0 to 1")
         if self.sharded and self.shape != "replicas":
             raise PlanFileError("sharded is set and the plan has no whole models on several devices; take it out")
 
@@ -203,7 +206,7 @@ class Plan:
                 compiled=bool(data.get("compiled", False)),
                 cpp_wrapper=bool(data.get("cpp_wrapper", False)),
                 channels_last=bool(data.get("channels_last", False)),
-                sharded=bool(data.get("sharded", False)),
+                sharded=float(data.get("sharded", 0.0)),
                 precision=str(data.get("precision", "float32")),
                 graph_fingerprint=str(data.get("graph_fingerprint", "")),
                 cluster_fingerprint=str(data.get("cluster_fingerprint", "")),

@@ -27,7 +27,7 @@ def explain_ranks(plan: Plan, members: Sequence[str], result: GroupResult | None
         result: What tuning found; None where it did not run.
         width: Columns of the text.
     """
-    shape = f"sharded {plan.shape}" if plan.sharded else plan.shape
+    shape = f"{plan.shape}, {plan.sharded:.0%} of the parameters with one owner" if plan.sharded else plan.shape
     where = Table(title=f"{shape}, proposed by {plan.strategy}, {plan.microbatches} microbatch(es)")
     for heading in ("rank", "device", "replica", "share of the batch", "op groups"):
         where.add_column(heading, justify="left" if heading == "device" else "right")

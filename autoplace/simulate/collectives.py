@@ -13,7 +13,7 @@ over both ends of a tie between stages.
                 with o = `overlap_share`                                                   → `sync_ms`
     latency  =  max T_r + exposed                                                          → `ClusterEvaluator`
 
-Sharded plans send half of it in the backward and half in the forward (→ `runtime.distributed.sharded`):
+What sharded plans leave to owners goes half in the backward and half in the forward (→ `runtime.distributed.sharded`):
 
     bucket b:   latency + (n-1)/n · bytes / bandwidth, times `sync_scale`, each way        → `scatter_ms`
     forward:    an op waits until the last bucket with weights of its own has come         → `_stall_ms`
@@ -186,13 +186,13 @@ class ClusterEvaluator:
         wanted = 1 if plan.shape in ("single", "replicas") else plan.microbatches
         return [self.replica(row, replica.share, wanted) for row, replica in zip(rows, plan.replicas, strict=True)]
 
-    def exposed_ms(self, jobs: Sequence[Job], *, overlap: bool, sharded: bool = False) -> tuple[float, list[Reduction]]:
+    def exposed_ms(self, jobs: Sequence[Job], *, overlap: bool, sharded: float = 0.0) -> tuple[float, list[Reduction]]:
         """Return the synchronisation that is not hidden, ms, and the reductions in their order.
 
         Args:
             jobs: The replicas.
             overlap: Whether buckets go off during the backward.
-            sharded: Whether half of the traffic is that of values, in the forward.
+            sharded: Part of the weights that have owners; see `Plan`.
         """
         if not self._training or not jobs:
             return 0.0, []
@@ -207,8 +207,8 @@ class ClusterEvaluator:
         bare = [r._replace(ready_ms=whole) for r in hidden]
         least, most = (max(0.0, finish_ms(some) - whole) for some in (hidden, bare))
         if sharded:
-            least += max(self._stall_ms(job, devices, size) for devices, size in shared.items() for job in jobs)
-            most *= 2.0
+            stalls = [self._stall_ms(job, devices, size, sharded) for devices, size in shared.items() for job in jobs]
+            least, most = (own + max(stall[i] for stall in stalls) for i, own in enumerate((least, most)))
         share = self.factors.overlap_share
         return (share * least + (1.0 - share) * most if np.isfinite(most) else most), hidden
 
@@ -291,32 +291,42 @@ class ClusterEvaluator:
         parts = buckets_of(size, self.bucket_bytes or BUCKET_BYTES)
         return [Reduction(ready, self._took_ms(part, devices), devices) for part in parts]
 
-    def _during(self, jobs: Sequence[Job], devices: tuple[int, ...], size: float, *, sharded: bool) -> list[Reduction]:
+    def _during(self, jobs: Sequence[Job], devices: tuple[int, ...], size: float, *, sharded: float) -> list[Reduction]:
         """Return the reductions of one set of holders that begin as the backward fills their buckets."""
-        bucket = self.bucket_bytes or bucket_bytes_of(size, devices, self.problem.cluster)
-        parts = buckets_of(size, bucket)
+        everybodys, owned = self._parts(devices, size, sharded)
+        parts = everybodys + owned
         filled = np.cumsum(parts)
         ready = np.zeros(len(parts))
         for job in jobs:
             if set(job.line.devices) & set(devices):
                 ready = np.maximum(ready, self._filled_ms(job, filled))
         return [
-            Reduction(float(when), self._took_ms(part, devices, sharded=sharded), devices)
-            for part, when in zip(parts, ready, strict=True)
+            Reduction(float(when), self._took_ms(part, devices, sharded=i >= len(everybodys)), devices)
+            for i, (part, when) in enumerate(zip(parts, ready, strict=True))
         ]
 
-    def _stall_ms(self, job: Job, devices: tuple[int, ...], size: float) -> float:
-        """Return how long a rank's forward waits for values: they come bucket by bucket, the backward's last first."""
-        parts = buckets_of(size, self.bucket_bytes or bucket_bytes_of(size, devices, self.problem.cluster))[::-1]
+    def _parts(self, devices: tuple[int, ...], size: float, sharded: float) -> tuple[list[float], list[float]]:
+        """Return the buckets of everybody's gradients and of owners', bytes, in the order of the backward."""
+        cluster = self.problem.cluster
+        bucket = self.bucket_bytes or bucket_bytes_of(size, devices, cluster, sharded=sharded > 0.0)
+        return buckets_of((1.0 - sharded) * size, bucket), buckets_of(sharded * size, bucket)
+
+    def _stall_ms(self, job: Job, devices: tuple[int, ...], size: float, sharded: float) -> tuple[float, float]:
+        """Return how long a rank's forward waits for owners' values, and how long they take, ms.
+
+        They come bucket by bucket, the backward's last first.
+        """
+        parts = self._parts(devices, size, sharded)[1][::-1]
         arrives = np.cumsum([self._took_ms(part, devices, sharded=True) for part in parts])
         weights = self.problem.graph.weight_bytes[: self._count].astype(np.float64)
         took = self._op_ms(job.assignment, job.share)[: self._count]
         starts, filled = np.cumsum(took) - took, np.cumsum(weights)
-        using = np.flatnonzero(weights > 0)
+        ends = np.cumsum(parts)
+        using = np.flatnonzero((weights > 0) & (filled - weights < ends[-1]))
         if not len(using):
-            return 0.0
-        last = np.minimum(np.searchsorted(np.cumsum(parts), filled[using] - 1e-6), len(parts) - 1)
-        return float(max(0.0, (arrives[last] - starts[using]).max()))
+            return 0.0, float(arrives[-1])
+        last = np.minimum(np.searchsorted(ends, filled[using] - 1e-6), len(parts) - 1)
+        return float(max(0.0, (arrives[last] - starts[using]).max())), float(arrives[-1])
 
     def _filled_ms(self, job: Job, filled: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return when a rank's backward has left that many bytes of gradients; ops in reverse order, ms."""
@@ -406,15 +416,17 @@ class ClusterEvaluator:
         jobs = self.jobs(plan)
         return self._memory_bytes(jobs, sharded=plan.sharded), self._kept_bytes(jobs, sharded=plan.sharded)
 
-    def _memory_bytes(self, jobs: Sequence[Job], *, sharded: bool) -> NDArray[np.float64]:
+    def _memory_bytes(self, jobs: Sequence[Job], *, sharded: float) -> NDArray[np.float64]:
         held = held_by(self.problem, [job.assignment for job in jobs])
         own = self.problem.graph.weight_bytes[: self._count].astype(np.float64) @ held
         resting = np.asarray([self.problem.resting_bytes.get(name, np.nan) for name in self._names])
         total = np.where(np.isnan(resting), own, resting) + self._kept_bytes(jobs, sharded=sharded)
         if self._training:
-            # Sharded: the optimizer's state of a part; buckets, and what others send an owner, as long as they travel.
-            part = 1.0 / len(jobs) if sharded else 1.0
-            total += (1.0 + self.optimizer * part + (2.0 - part if sharded else 0.0)) * own
+            # Of what has owners, each rank keeps the optimizer's state of a part; buckets, and what others send an
+            # owner, are there as long as they travel.
+            others = sharded * (1.0 - 1.0 / max(1, len(jobs)))
+            travelling = 1.0 + others if sharded else 0.0
+            total += (1.0 + self.optimizer * (1.0 - others) + travelling) * own
         for job in jobs:
             fraction = job.share / job.microbatches
             found = activation_bytes(self.problem, job.line, fraction, job.microbatches, job.schedule)
@@ -422,7 +434,7 @@ class ClusterEvaluator:
                 total[device] += size
         return total
 
-    def _kept_bytes(self, jobs: Sequence[Job], *, sharded: bool) -> NDArray[np.float64]:
+    def _kept_bytes(self, jobs: Sequence[Job], *, sharded: float) -> NDArray[np.float64]:
         """Return the buckets and buffers of every device, float64[D]."""
         kept = np.zeros(len(self._names))
         if self._training and not sharded:

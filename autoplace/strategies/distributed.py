@@ -3,7 +3,7 @@
     single      the whole model on one device                                              the fastest that holds it
     even        the whole model on all devices, equal shares                               → `weighted.even_plan`
     weighted    the whole model on some devices, shares by speed and cost of the sum       → `weighted`
-    sharded     the same, every parameter with one owner                                   → `weighted`, `Plan.sharded`
+    sharded     the same, parameters with one owner each, all or some                      → `weighted`, `Plan.sharded`
     pipeline    contiguous stages, one a device, and microbatches                          → `pipelines`
     hybrid      replicas of pipelines                                                      → `hybrids`
     learned     the policy's placement, as it is and with each device's ops in one stretch → `learned`
@@ -29,6 +29,7 @@ from autoplace.simulate.collectives import ClusterEvaluator
 from autoplace.simulate.stage_line import forward_ops
 from autoplace.strategies._base import Budget
 from autoplace.strategies.hybrids import hybrid_plans
+from autoplace.strategies.neighbours import SHARDED_PARTS
 from autoplace.strategies.pipelines import dividing, in_line, pipeline_plans, planned_problem, stages_plan
 from autoplace.strategies.registry import LEARNED, make_strategy
 from autoplace.strategies.weighted import even_plan, weighted_plans
@@ -93,8 +94,9 @@ def propose_distributed(
     found["even"] += [] if even is None else [even]
     found["weighted"] += weighted_plans(problem, evaluator, able, evaluations=evaluations)[:_KEPT]
     if forward_ops(problem.graph)[1] and all(d.kind == "cpu" for d in problem.cluster.devices):
-        some = weighted_plans(problem, evaluator, able, evaluations=evaluations, sharded=True)
-        found["sharded"] += some[:_KEPT]
+        for part in SHARDED_PARTS:
+            spent = evaluations // len(SHARDED_PARTS)
+            found["sharded"] += weighted_plans(problem, evaluator, able, evaluations=spent, sharded=part)[:_KEPT]
     if problem.num_devices > 1:
         found["pipeline"] += pipeline_plans(problem, evaluator, microbatches=microbatches, split_ties=split_ties)
     if problem.num_devices > 2:
@@ -179,5 +181,5 @@ def _label(plan: Plan, kinds: Sequence[str]) -> str:
         return f"{names} {plan.devices[0]}"
     shares = "/".join(f"{r.share:.2f}" for r in plan.replicas)
     if plan.shape == "replicas":
-        return f"{names} {shares}"
+        return f"{names} {plan.sharded:.0%} of {shares}" if plan.sharded else f"{names} {shares}"
     return f"{names} x{plan.microbatches}" + (f" {shares}" if plan.shape == "hybrid" else "")

@@ -13,8 +13,10 @@ from autoplace.simulate.stage_line import forward_ops
 from autoplace.strategies._shares import moved_counts, whole_units
 from autoplace.strategies.pipelines import dividing, moved_cuts, stages_plan
 
-__all__ = ["neighbours"]
+__all__ = ["SHARDED_PARTS", "neighbours"]
 
+SHARDED_PARTS = (0.25, 0.5, 1.0)
+"""Parts of the parameters that are given owners; see `Plan.sharded`."""
 _STRATEGY = "refined"
 
 
@@ -34,10 +36,10 @@ def neighbours(problem: Problem, plan: Plan, part: float) -> list[Plan]:
             plan.with_(
                 strategy=_STRATEGY,
                 replicas=tuple(replace(r, share=c / units) for r, c in zip(plan.replicas, moved, strict=True) if c > 0),
-                sharded=plan.sharded and sum(c > 0 for c in moved) > 1,
+                sharded=plan.sharded if sum(c > 0 for c in moved) > 1 else 0.0,
             )
             for moved in moved_counts(counts, max(1, round(part * units)))
-        ]
+        ] + [plan.with_(strategy=_STRATEGY, sharded=other) for other in _beside(plan.sharded)]
     if plan.shape != "stages":
         return []
     row, count = plan.assignment_array(problem), plan.microbatches
@@ -48,3 +50,11 @@ def neighbours(problem: Problem, plan: Plan, part: float) -> list[Plan]:
     for other in dividing((count // 2, count * 2), problem.batch_size):
         found.append(plan.with_(strategy=_STRATEGY, microbatches=other))
     return found
+
+
+def _beside(sharded: float) -> list[float]:
+    """Return the next less and the next greater part with owners; none for plans without."""
+    if not sharded:
+        return []
+    less, more = ([p for p in SHARDED_PARTS if p < sharded], [p for p in SHARDED_PARTS if p > sharded])
+    return less[-1:] + more[:1]

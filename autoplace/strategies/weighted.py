@@ -29,7 +29,7 @@ _REFINED = 3
 
 
 def replicas_plan(
-    problem: Problem, devices: Sequence[int], counts: Counts, *, strategy: str, sharded: bool = False
+    problem: Problem, devices: Sequence[int], counts: Counts, *, strategy: str, sharded: float = 0.0
 ) -> Plan:
     """Return the plan with a whole model on every device that has samples.
 
@@ -50,7 +50,7 @@ def replicas_plan(
             if count > 0
         ),
         strategy=strategy,
-        sharded=sharded and sum(count > 0 for count in counts) > 1,
+        sharded=sharded if sum(count > 0 for count in counts) > 1 else 0.0,
         graph_fingerprint=problem.graph.fingerprint,
         cluster_fingerprint=problem.cluster.fingerprint,
     )
@@ -71,7 +71,7 @@ def weighted_plans(
     able: Sequence[int],
     *,
     evaluations: int = 2000,
-    sharded: bool = False,
+    sharded: float = 0.0,
 ) -> list[Plan]:
     """Return data-parallel plans over subsets of the devices with the best shares found, best first.
 
@@ -80,7 +80,7 @@ def weighted_plans(
         evaluator: Predicts.
         able: Indices of devices that can run every op.
         evaluations: Predictions that improving the shares may take.
-        sharded: Whether parameters have owners; see `Plan`.
+        sharded: Part of the parameters that have owners; see `Plan`.
 
     Returns:
         Plans of two replicas or more that fit; the best of each number of devices among them.
@@ -114,7 +114,7 @@ def weighted_plans(
 
 
 def _value_of(
-    problem: Problem, evaluator: ClusterEvaluator, devices: Sequence[int], *, sharded: bool
+    problem: Problem, evaluator: ClusterEvaluator, devices: Sequence[int], *, sharded: float
 ) -> Callable[[Counts], float]:
     def value(counts: Counts) -> float:
         plan = replicas_plan(problem, devices, counts, strategy="weighted", sharded=sharded)

@@ -162,7 +162,7 @@ def test_a_single_device_takes_what_it_takes_alone():
 
 def test_sharded_plans_sum_in_the_backward_and_wait_in_the_forward():
     problem = build()
-    plan = replicas(problem, [0.5, 0.5]).with_(sharded=True)
+    plan = replicas(problem, [0.5, 0.5]).with_(sharded=1.0)
     # One bucket: to its owner after the backward, 1 + 400/2/10 ms, and back before the forward begins.
     assert sync_ms(plan, problem, bucket_bytes=400) == pytest.approx(2 * 21.0)
     # b's 300 bytes take 16 ms from 5.5 ms on, a's 100 then 6: 20 ms after the end at 7.5. In the forward, a's come at 6
@@ -171,13 +171,16 @@ def test_sharded_plans_sum_in_the_backward_and_wait_in_the_forward():
     apart = ClusterFactors(overlap_share=0.0)
     assert sync_ms(plan, problem, bucket_bytes=300, factors=apart) == pytest.approx(2 * (16.0 + 6.0))
     assert latency(problem, plan, bucket_bytes=300) == pytest.approx(7.5 + 41.0)
+    # A quarter with owners, a's: b's are summed for all, 32 ms from 5.5 ms on, then a's to their owner, 6 ms, and back.
+    quarter = plan.with_(sharded=0.25)
+    assert sync_ms(quarter, problem, bucket_bytes=300) == pytest.approx((5.5 + 32.0 + 6.0 - 7.5) + 6.0)
 
 
 def test_sharded_plans_hold_a_part_of_the_optimizers_state_and_no_buckets_between_steps():
     problem = build()
     evaluator = ClusterEvaluator(problem, optimizer_bytes_per_weight_byte=2.0)
     plan = replicas(problem, [0.5, 0.5])
-    (held, kept), (sharded, none) = evaluator.memory_bytes(plan), evaluator.memory_bytes(plan.with_(sharded=True))
+    (held, kept), (sharded, none) = evaluator.memory_bytes(plan), evaluator.memory_bytes(plan.with_(sharded=1.0))
     assert kept.tolist() == [400.0, 400.0] and none.tolist() == [0.0, 0.0]
     # 400 less of state, 400 less of buckets, and 1.5 times 400 on the way.
     assert (sharded - held).tolist() == pytest.approx([-400.0 - 400.0 + 600.0] * 2)

@@ -49,6 +49,15 @@ def test_samples_change_sides(problem):
     assert all(plan.devices == ("h0/cpu:0", "h2/cpu:0") and plan.strategy == "refined" for plan in plans)
 
 
+def test_the_part_with_owners_grows_and_shrinks(problem):
+    plan = replicas_plan(problem, [0, 2], (16, 8), strategy="mine", sharded=0.5)
+    plans = neighbours(problem, plan, 1 / 8)
+    assert {p.sharded for p in plans if p.replicas == plan.replicas} == {0.25, 1.0}
+    assert {p.sharded for p in plans if p.replicas != plan.replicas} == {0.5}
+    alone = neighbours(problem, replicas_plan(problem, [0, 2], (23, 1), strategy="mine", sharded=1.0), 1 / 24)
+    assert {p.sharded for p in alone if p.shape == "single"} == {0.0}
+
+
 def test_a_replica_that_gives_all_leaves(problem):
     plans = neighbours(problem, replicas_plan(problem, [0, 1, 2], (12, 9, 3), strategy="mine"), 1 / 8)
     assert len(plans) == 6

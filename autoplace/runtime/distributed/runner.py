@@ -118,7 +118,9 @@ class DistributedModel:
         session.settle(self._refusal())
         self._working, self._together = working, together
         if plan.sharded:
-            self._sharded = ShardedDataParallel(model, session, working, together, bucket_bytes=self._bucket_bytes())
+            self._sharded = ShardedDataParallel(
+                model, session, working, together, part=plan.sharded, bucket_bytes=self._bucket_bytes(sharded=True)
+            )
         if plan.shape == "replicas" and self.replica is not None:
             if not plan.sharded:
                 self._parallel = self._weighted()
@@ -137,10 +139,11 @@ class DistributedModel:
         self._heap = HeapLine.of(session.device)
         self._hook = model.register_state_dict_pre_hook(lambda *_: self.synchronize())
 
-    def _bucket_bytes(self) -> float:
+    def _bucket_bytes(self, *, sharded: bool = False) -> float:
         cluster, members = self.session.cluster, self.session.members
         size = sum(p.nbytes for p in self._parameters.values() if p.requires_grad)
-        return bucket_bytes_of(size, [cluster.index[members[rank]] for rank in self._working], cluster)
+        devices = [cluster.index[members[rank]] for rank in self._working]
+        return bucket_bytes_of(size, devices, cluster, sharded=sharded)
 
     def _weighted(self) -> WeightedDataParallel:
         return WeightedDataParallel(

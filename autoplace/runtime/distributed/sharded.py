@@ -1,4 +1,4 @@
-"""Data parallel where every parameter has one owner, who alone gets its gradient: half of the traffic goes elsewhere.
+"""Data parallel where parameters have one owner each, who alone gets the gradient: half of the traffic goes elsewhere.
 
 A sum of gradients that all ranks need has to be through before the optimizer's step, and can hide behind the backward
 alone. Here the ranks send their part of a gradient to the parameter's owner during the backward, the caller's
@@ -10,6 +10,9 @@ toward training trillion parameter models", SC 2020].
     backward   bucket by bucket, as they fill:  each rank --- its part, weighted by b/B ---> the owner, who sums
     step       the optimizer, where there is a gradient
     forward    bucket by bucket, in the order of use:  the owner --- new values ---> each rank
+
+Where a forward is too short to hide its half, a part of the parameters (`part`), those that the forward uses first, is
+enough: the gradients of the others, which the backward finds first, are summed for all ranks.
 
 1. Buckets hold neighbours in the order of registration, have one owner each, and the owners take turns, so that both
    directions of a link carry something all the time. The last ones registered go first in the backward.
@@ -46,19 +49,19 @@ _PLAIN_FACTS = frozenset({"device", "dtype", "grad", "is_leaf", "is_meta", "layo
 
 @dataclass(eq=False)
 class _Bucket:
-    """Parameters of one owner and one type, which travel together."""
+    """Parameters of one owner, or of all, and of one type, which travel together."""
 
     number: int
     """Tells its messages from others': twice it for gradients, one more for values."""
-    owner: int
-    """Rank."""
+    owner: int | None
+    """Rank; None where all ranks get the gradients."""
     parameters: list[torch.nn.Parameter]
     missing: set[torch.nn.Parameter] = field(default_factory=set)
     """Those whose gradients this backward has not brought yet."""
     own: torch.Tensor | None = None
     """This rank's part of the gradients."""
     parts: list[tuple[torch.Tensor, dist.Work]] = field(default_factory=list)
-    """At the owner: the other ranks' parts, by rank, on their way."""
+    """At the owner: the other ranks' parts, by rank, on their way. Without one: the sum."""
 
     @property
     def numel(self) -> int:
@@ -74,6 +77,7 @@ class ShardedDataParallel:
         session: The group of all ranks.
         ranks: Those that take part. Where this one is not among them, the object knows who owns what, and no more.
         group: Their process group.
+        part: Of the parameters' bytes, that have owners; above 0.
         bucket_bytes: Of a bucket.
     """
 
@@ -84,15 +88,18 @@ class ShardedDataParallel:
         ranks: Sequence[int],
         group: dist.ProcessGroup | None,
         *,
+        part: float,
         bucket_bytes: float,
     ) -> None:
         self._model, self._rank, self._ranks, self._group = model, session.rank, tuple(ranks), group
-        self._bucket_bytes = bucket_bytes
+        self._part, self._bucket_bytes = part, bucket_bytes
         self._buckets: list[_Bucket] = []
         """In the order of the backward."""
         self._bucket_of: dict[torch.nn.Parameter, _Bucket] = {}
         self._behind = False
         """Whether owners may have newer values than the others."""
+        self._local = False
+        """Whether gradients of all ranks were accumulated on this one alone."""
         self._sending: list[tuple[torch.Tensor, dist.Work]] = []
         self.began = False
         """Whether a step ran: from then on the optimizer's state is where the owners are."""
@@ -101,21 +108,31 @@ class ShardedDataParallel:
     def arrange(self) -> None:
         """Give an owner to parameters that have none and want gradients; all ranks of the session do so alike."""
         fresh = [p for p in reversed(list(self._model.parameters())) if p.requires_grad and p not in self._bucket_of]
+        everybodys = (1.0 - self._part) * sum(p.nbytes for p in fresh)
         loads = dict.fromkeys(self._ranks, 0)
         for bucket in self._buckets:
-            loads[bucket.owner] += sum(p.nbytes for p in bucket.parameters)
-        size = 0
+            if bucket.owner is not None:
+                loads[bucket.owner] += sum(p.nbytes for p in bucket.parameters)
+        size = passed = 0
         for i, parameter in enumerate(fresh):
-            full = i == 0 or size + parameter.nbytes > self._bucket_bytes
-            if full or parameter.dtype != self._buckets[-1].parameters[0].dtype:
+            owned = passed + 0.5 * parameter.nbytes >= everybodys
+            last = self._buckets[-1] if i else None
+            if (
+                last is None
+                or size + parameter.nbytes > self._bucket_bytes
+                or parameter.dtype != last.parameters[0].dtype
+                or owned is (last.owner is None)
+            ):
                 size = 0
-                owner = min(self._ranks, key=lambda rank: (loads[rank], rank))
-                self._buckets.append(_Bucket(number=len(self._buckets), owner=owner, parameters=[]))
-            bucket = self._buckets[-1]
-            bucket.parameters.append(parameter)
-            self._bucket_of[parameter] = bucket
+                owner = min(self._ranks, key=lambda rank: (loads[rank], rank)) if owned else None
+                last = _Bucket(number=len(self._buckets), owner=owner, parameters=[])
+                self._buckets.append(last)
+            last.parameters.append(parameter)
+            self._bucket_of[parameter] = last
             size += parameter.nbytes
-            loads[bucket.owner] += parameter.nbytes
+            passed += parameter.nbytes
+            if last.owner is not None:
+                loads[last.owner] += parameter.nbytes
 
     def owner(self, parameter: torch.nn.Parameter) -> int | None:
         """Return the rank that has a parameter's gradient and its newest values; None where all have it."""
@@ -141,10 +158,13 @@ class ShardedDataParallel:
             ExecutionError: If a parameter's gradient comes in several parts.
         """
         self.began = True
-        if self._behind:
-            loss = self._pulling(call)
-        else:
-            loss = call()
+        if not self._local and self._rank != self._ranks[0]:
+            # All ranks have the sum of earlier steps, and one of them puts it into the next.
+            for parameter, bucket in self._bucket_of.items():
+                if bucket.owner is None:
+                    parameter.grad = None
+        self._local = accumulate
+        loss = self._pulling(call) if self._behind else call()
         if accumulate:
             (loss * weight).backward()
             return loss.detach()
@@ -162,6 +182,8 @@ class ShardedDataParallel:
         with torch.no_grad():
             for bucket in reversed(self._buckets):
                 tag = 2 * bucket.number + 1
+                if bucket.owner is None:
+                    continue
                 if bucket.owner == self._rank:
                     flat = torch.cat([p.reshape(-1) for p in bucket.parameters])
                     self._sending += [(flat, self._sent(flat, rank, tag)) for rank in self._others]
@@ -217,17 +239,22 @@ class ShardedDataParallel:
 
     def _push(self, bucket: _Bucket) -> None:
         bucket.own = flatten(bucket.parameters)
-        if bucket.owner != self._rank:
+        if bucket.owner is None:
+            work = dist.all_reduce(bucket.own, group=self._group, async_op=True)
+            assert work is not None  # this rank is in the group
+            bucket.parts.append((bucket.own, work))
+        elif bucket.owner != self._rank:
             self._sending.append((bucket.own, self._sent(bucket.own, bucket.owner, 2 * bucket.number)))
 
     def _collect(self) -> None:
-        """Sum at the owners, and leave the gradients there alone."""
+        """Sum at the owners, and leave the gradients there alone; what has none is summed already."""
         for bucket in self._buckets:
             assert bucket.own is not None  # was pushed
-            if bucket.owner == self._rank:
+            if bucket.owner in (self._rank, None):
                 for part, work in bucket.parts:
                     work.wait()
-                    bucket.own += part
+                    if part is not bucket.own:
+                        bucket.own += part
                 spread(bucket.parameters, bucket.own)
             else:
                 for parameter in bucket.parameters:

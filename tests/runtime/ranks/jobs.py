@@ -12,7 +12,7 @@ from autoplace.plan import Plan, Replica
 from autoplace.runtime.distributed.runner import DistributedModel
 from autoplace.runtime.distributed.state import load_checkpoint, save_checkpoint
 
-DistributedModel._bucket_bytes = lambda _: 700.0  # these small models fill several buckets then
+DistributedModel._bucket_bytes = lambda *_, **__: 700.0  # these small models fill several buckets then
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -121,10 +121,10 @@ def plan_of(session, shape, kind="tied", microbatches=1):
     names = session.members
     if shape == "single":
         return Plan(replicas=(Replica(assignment={".": names[-1]}),), strategy="test")
-    if shape in ("replicas", "sharded"):
+    if shape in ("replicas", "sharded", "half sharded"):
         shares = {2: (0.7, 0.3), 3: (0.5, 0.3, 0.2)}[len(names)]
         replicas = tuple(Replica(assignment={".": n}, share=s) for n, s in zip(names, shares, strict=True))
-        return Plan(replicas=replicas, strategy="test", sharded=shape == "sharded")
+        return Plan(replicas=replicas, strategy="test", sharded={"sharded": 1.0, "half sharded": 0.5}.get(shape, 0.0))
     order = {"stages": (0, 1), "alternating": (0, 1, 0, 1), "backwards": (1, 0), "hybrid": (0, 1)}[shape]
     staged = Replica(assignment=_assignment(kind, [names[i] for i in order]))
     if shape != "hybrid":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-SHAPES = ("single", "replicas", "sharded", "stages", "alternating", "backwards")
+SHAPES = ("single", "replicas", "sharded", "half sharded", "stages", "alternating", "backwards")
 
 
 def _same(found, wanted, keys=None):
@@ -134,7 +134,7 @@ def test_ranks_count_samples_where_nobody_told(two_ranks, jobs):
         _same(found, grads)
 
 
-@pytest.mark.parametrize("shape", ["stages", "replicas", "sharded"])
+@pytest.mark.parametrize("shape", ["stages", "replicas", "sharded", "half sharded"])
 def test_gradients_add_up_over_steps(two_ranks, jobs, shape):
     model = jobs.model_of("tied").train()
     for part, size in enumerate((4, 2, 6, 4)):
@@ -145,7 +145,7 @@ def test_gradients_add_up_over_steps(two_ranks, jobs, shape):
         _same(found, wanted, found)
 
 
-@pytest.mark.parametrize("shape", ["stages", "replicas", "sharded", "single"])
+@pytest.mark.parametrize("shape", ["stages", "replicas", "sharded", "half sharded", "single"])
 def test_the_norm_is_taken_over_all_ranks(two_ranks, jobs, shape):
     _, grads, _ = jobs.plain_step("tied", 6)
     norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
@@ -171,7 +171,7 @@ def test_ranks_with_other_plans_say_so(two_ranks, jobs):
 
 @pytest.mark.parametrize(
     ("shape", "other"),
-    [("stages", "replicas"), ("replicas", "backwards"), ("stages", "single"), ("sharded", "stages"),
+    [("stages", "replicas"), ("replicas", "backwards"), ("stages", "single"), ("half sharded", "stages"),
      ("replicas", "sharded")],
 )  # fmt: skip
 def test_a_checkpoint_goes_on_under_another_plan(two_ranks, jobs, tmp_path, shape, other):
