@@ -21,6 +21,7 @@ import numpy as np
 
 from autoplace.envs.reference import constructive_baselines
 from autoplace.errors import InfeasibleError
+from autoplace.measure.pool import plan_key
 from autoplace.measure.protocol import centre_of
 from autoplace.outcome import Evaluator, Outcome
 from autoplace.plan import Plan
@@ -63,7 +64,7 @@ class MeasuredCase:
     temperature: float = 1.0
     """By which a policy is softened that the training starts from: one that is sure of itself tries nothing else."""
     teachers: Sequence[Plan] = ()
-    """Other planners' plans, as they run, that the policy learns from where they turn out to be better."""
+    """Other planners' placements that the policy learns from where they turn out to be better."""
     done: Callable[[], None] = lambda: None
     """Called when the last plan has run, for those who help to run them."""
 
@@ -71,6 +72,9 @@ class MeasuredCase:
 @dataclass
 class _Known:
     plan: Plan
+    """As it runs."""
+    placement: Plan
+    """As it was first proposed."""
     outcomes: list[Outcome] = field(default_factory=list)
 
 
@@ -103,7 +107,7 @@ class ReferencedEvaluator:
             case.as_run(Plan.from_assignment(case.problem, b.assignment, strategy=b.strategy))
             for b in constructive_baselines(case.problem)
         ]
-        unique = list({_key(plan): plan for plan in plans}.values())
+        unique = list({plan_key(plan): plan for plan in plans}.values())
         outcomes = case.evaluator.evaluate(unique)
         self.measured += len(unique)
         able = [(o.objective, i) for i, o in enumerate(outcomes) if o.feasible and math.isfinite(o.objective)]
@@ -118,15 +122,18 @@ class ReferencedEvaluator:
     def evaluate(self, plans: Sequence[Plan]) -> list[Outcome]:
         """Return one Outcome per plan; see `Evaluator`."""
         self.evaluations += len(plans)
-        plans = [self._case.as_run(plan) for plan in plans]
-        found = [self._hopeless(plan) or self._remembered(plan) for plan in plans]
+        placements, plans = plans, [self._case.as_run(plan) for plan in plans]
+        found = [
+            self._hopeless(plan) or self._remembered(plan, placement)
+            for plan, placement in zip(plans, placements, strict=True)
+        ]
         waiting = [i for i, outcome in enumerate(found) if outcome is None]
         for i, outcome in zip(waiting, self._run([plans[i] for i in waiting]), strict=True):
             found[i] = outcome
         return [outcome for outcome in found if outcome is not None]
 
     def confirmed(self, own: Plan | None) -> Plan | None:
-        """Return a plan of the training, or a teacher's, that is better than the policy's own; None where none is.
+        """Return a placement of the training, or a teacher's, that is better than the policy's own; None if none is.
 
         The best few are measured again beside the policy's own, for of many noisy runs the best are lucky ones. The
         whole interval of the ratio has to lie above 1 (→ `measure.protocol.centre_of`).
@@ -137,13 +144,12 @@ class ReferencedEvaluator:
         able = [known for known in self._known.values() if known.outcomes and all(o.feasible for o in known.outcomes)]
         able.sort(key=lambda known: float(np.mean([o.objective for o in known.outcomes])))
         plans = [known.plan for known in able[:_FINALISTS]]
-        for plan in self._case.teachers:
-            self._known.setdefault(_key(plan), _Known(plan))
-            plans += [] if _key(plan) in map(_key, plans) else [plan]
+        for placement in self._case.teachers:
+            plan = self._known_as(placement)
+            plans += [] if plan_key(plan) in map(plan_key, plans) else [plan]
         if own is not None:
-            own = self._case.as_run(own)
-            self._known.setdefault(_key(own), _Known(own))
-            plans = [own, *(plan for plan in plans if _key(plan) != _key(own))]
+            own = self._known_as(own)
+            plans = [own, *(plan for plan in plans if plan_key(plan) != plan_key(own))]
         if not plans or plans == [own]:
             return None
         runs = [self._run(plans) for _ in range(_CONFIRMING)]
@@ -157,7 +163,15 @@ class ReferencedEvaluator:
                 found.append((-float(np.median(column)), plan))
             elif (gain := centre_of(beside / column))[1][0] > 1.0:
                 found.append((gain[0], plan))
-        return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
+        if not found:
+            return None
+        return self._known[plan_key(max(found, key=lambda pair: pair[0])[1])].placement
+
+    def _known_as(self, placement: Plan) -> Plan:
+        """Return what a placement is run as, and remember what it was."""
+        plan = self._case.as_run(placement)
+        self._known.setdefault(plan_key(plan), _Known(plan, placement))
+        return plan
 
     def _hopeless(self, plan: Plan) -> Outcome | None:
         """Return what is foretold of a plan that is not worth a run; None where it is worth one."""
@@ -168,8 +182,8 @@ class ReferencedEvaluator:
             return None
         return replace(told, objective=self.reference * told.objective / self._foretold)
 
-    def _remembered(self, plan: Plan) -> Outcome | None:
-        known = self._known.setdefault(_key(plan), _Known(plan))
+    def _remembered(self, plan: Plan, placement: Plan) -> Outcome | None:
+        known = self._known.setdefault(plan_key(plan), _Known(plan, placement))
         again = not known.outcomes or self._random.random() < self._remeasure
         return None if again else _median(known.outcomes)
 
@@ -177,22 +191,18 @@ class ReferencedEvaluator:
         """Measure plans beside the reference."""
         if not plans:
             return []
-        same = _key(self.reference_plan)  # beside itself it would show noise alone
-        others = [plan for plan in plans if _key(plan) != same]
+        same = plan_key(self.reference_plan)  # beside itself it would show noise alone
+        others = [plan for plan in plans if plan_key(plan) != same]
         beside, *measured = self._case.evaluator.evaluate([self.reference_plan, *others])
         self.measured += len(others)
         outcomes, found = iter(measured), []
         for plan in plans:
-            outcome = beside if _key(plan) == same else next(outcomes)
+            outcome = beside if plan_key(plan) == same else next(outcomes)
             if outcome.feasible and beside.feasible and beside.objective > 0:
                 outcome = replace(outcome, objective=outcome.objective * self.reference / beside.objective)
-            self._known[_key(plan)].outcomes.append(outcome)
+            self._known[plan_key(plan)].outcomes.append(outcome)
             found.append(outcome)
         return found
-
-
-def _key(plan: Plan) -> str:
-    return repr([sorted(r.assignment.items()) for r in plan.replicas])
 
 
 def _median(outcomes: list[Outcome]) -> Outcome:

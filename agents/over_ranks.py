@@ -2,8 +2,9 @@
 
     profile → propose → run the references and a few pipelines → calibrate → `MeasuredCase` on rank 0, `serve` elsewhere
 
-1. A placement is run as a pipeline: as it is, or with each device's ops in one stretch, in as many microbatches as the
-   calibrated simulator finds best for it. → `_Line`
+1. A placement is run as the calibrated simulator finds best for it: as a pipeline, as it is or with each device's ops
+   in one stretch, in some number of microbatches; or as data parallelism, with each device's part of the work for its
+   share of the batch (→ `by_work`), sharded or not. → `_Line`
 2. The policy sees the problem as a tuning over ranks shows it (→ `planned_problem`), for the number of microbatches of
    the best pipeline that has several: with one, devices take turns, and the policy learns to leave all but one idle.
 3. The reference is the fastest single device, which most people would use; where the model fits on none, the plan that
@@ -33,8 +34,10 @@ from autoplace.result import Candidate
 from autoplace.runtime.distributed.pool import GroupEvaluator
 from autoplace.runtime.distributed.session import Session
 from autoplace.simulate.collectives import ClusterEvaluator
+from autoplace.strategies.by_work import as_row, as_shares
 from autoplace.strategies.distributed import MICROBATCHES, propose_distributed
 from autoplace.strategies.pipelines import dividing, in_line, planned_problem, settled, stages_plan
+from autoplace.strategies.weighted import can_shard
 from autoplace.workload import Workload
 
 if TYPE_CHECKING:
@@ -42,10 +45,11 @@ if TYPE_CHECKING:
 
 __all__ = ["case_over_ranks"]
 
-_PIPELINES = 4
-"""Run before the training, for the calibration."""
+_PIPELINES, _SHARES = 4, 2
+"""Pipelines, and ways to share the batch, that run before the training, for the calibration."""
 _TEACHERS = 2
-"""Pipelines, the best by the calibrated simulator, that the policy learns from where they are better than its own."""
+"""Plans of each of the two kinds, the best by the calibrated simulator, that the policy learns from where they are
+better than its own."""
 _TOGETHER = 5
 """Plans that are measured beside one run of the reference."""
 _TEMPERATURE = 3.0
@@ -118,11 +122,14 @@ class _Line:
         self._counts = dividing(MICROBATCHES, problem.batch_size)
 
     def as_run(self, plan: Plan) -> Plan:
-        """Return the pipeline of a placement that is predicted to be best."""
+        """Return what is predicted to be the best way to run a placement."""
         row = plan.assignment_array(self._problem)
         rows = [settled(self._problem, row), in_line(self._problem, row)]
         counts = self._counts if len(set(rows[0].tolist())) > 1 else [1]
         plans = [stages_plan(self._problem, r, strategy="learned", microbatches=n) for r in rows for n in counts]
+        for sharded in (0.0, 1.0) if can_shard(self._problem) else (0.0,):
+            shares = as_shares(self._problem, row, strategy="learned", sharded=sharded)
+            plans += [] if shares is None else [shares]
         outcomes = self._simulator.evaluate(plans)
         return plans[min(range(len(plans)), key=lambda i: (outcomes[i].objective, i))]
 
@@ -162,6 +169,11 @@ def _grouping(workload: Workload, session: Session, max_groups: int) -> Grouping
     return coarsen(captured.graph, max_groups=max_groups, called=captured.called)
 
 
+def _placed(problem: Problem, plan: Plan) -> Plan:
+    """Return the placement of ops that divides the work as a plan shares the batch out."""
+    return Plan.from_assignment(problem, as_row(problem, plan), strategy=plan.strategy)
+
+
 def _case(problem: Problem, proposed: Sequence[Candidate], evaluator: GroupEvaluator) -> MeasuredCase:
     """Calibrate the simulator by a few runs and return what a policy is trained on."""
     from .measured import MeasuredCase  # and PPO, which the other ranks do without
@@ -170,13 +182,17 @@ def _case(problem: Problem, proposed: Sequence[Candidate], evaluator: GroupEvalu
     references = single or [proposed[0].plan]
     pipelines = [c.plan for c in proposed if c.plan.shape == "stages"]
     runs = _OnAllThreads(evaluator)
-    tried = [*references, *pipelines[:_PIPELINES]]
+    shared = [c.plan for c in proposed if c.plan.shape == "replicas"]
+    tried = [*references, *pipelines[:_PIPELINES], *shared[:_SHARES]]
     factors = calibrate_cluster(problem, tried, runs.evaluate(tried)).factors
     simulator = ClusterEvaluator(problem, factors=factors)
     split = [plan for plan in pipelines if plan.microbatches > 1]
     foretold = simulator.evaluate(split)
-    ranked = sorted(range(len(split)), key=lambda i: foretold[i].objective)
-    count = split[ranked[0]].microbatches if ranked else dividing(MICROBATCHES, problem.batch_size)[-1]
+    ranked = [split[i] for i in sorted(range(len(split)), key=lambda i: foretold[i].objective)]
+    count = ranked[0].microbatches if ranked else dividing(MICROBATCHES, problem.batch_size)[-1]
+    of_shares = zip(shared, simulator.evaluate(shared), strict=True)
+    best_shares = [plan for plan, _ in sorted(of_shares, key=lambda pair: pair[1].objective)]
+    teachers = [*ranked[:_TEACHERS], *(_placed(problem, plan) for plan in best_shares[:_TEACHERS])]
     corrected = problem.with_(latency_ms=simulator.latency_ms, overhead_ms=simulator.overhead_ms)
     line = _Line(problem, simulator)
     return MeasuredCase(
@@ -188,6 +204,6 @@ def _case(problem: Problem, proposed: Sequence[Candidate], evaluator: GroupEvalu
         forecast=line.forecast,
         together=_TOGETHER,
         temperature=_TEMPERATURE,
-        teachers=[line.as_run(split[i]) for i in ranked[:_TEACHERS]],
+        teachers=teachers,
         done=evaluator.dismiss,
     )

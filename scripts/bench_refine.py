@@ -109,7 +109,10 @@ def _compared(case: MeasuredCase, policies: dict[str, Policy], options: argparse
 
 
 def _described(plan: Plan) -> dict[str, Any]:
-    """Return how a plan cuts the model: forward groups on each device, and the microbatches."""
+    """Return how a plan cuts the model, forward groups on each device and the microbatches, or shares the batch out."""
+    if plan.shape == "replicas":
+        shares = {r.devices[0]: round(r.share, 3) for r in plan.replicas}
+        return {"shares": shares, "sharded": plan.sharded, "microbatches": 1}
     devices = list(plan.replicas[0].assignment.values())
     forward = devices[: len(devices) // 2]
     return {"groups": {d: forward.count(d) for d in plan.devices}, "microbatches": plan.microbatches}
@@ -224,7 +227,7 @@ def _of_samples(single: Sequence[float], plans: Sequence[dict[str, Any]]) -> dic
     rewards = np.asarray([INFEASIBLE_REWARD if f is None else f["reward"] for f in found])
     draws = rewards[np.random.default_rng(0).integers(0, len(rewards), (_DRAWS, len(rewards)))].mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
-    different = len({json.dumps([p["groups"], p["microbatches"]]) for p in plans})
+    different = len({json.dumps({k: v for k, v in p.items() if k not in ("samples_ms", "reason")}) for p in plans})
     return {"plans": len(plans), "cuts": different, "reward": float(rewards.mean()),
             "interval": [float(low), float(high)], "ratio": math.exp(float(rewards.mean()))}  # fmt: skip
 
@@ -249,7 +252,8 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         for when in ("before", "after"):
             greedy, sampled = found["greedy"][when], found["sampled"][when]
             told = "cannot run" if greedy is None else _shown(greedy)
-            print(f"  {when:<7} greedy {told} {row[when][0]['groups']} x{row[when][0]['microbatches']}; "
+            how = row[when][0].get("shares") or f"{row[when][0]['groups']} x{row[when][0]['microbatches']}"
+            print(f"  {when:<7} greedy {told} {how}; "
                   f"mean of {sampled['plans']} samples {_shown(sampled)}")  # fmt: skip
         if found["greedy_rise"] is not None:
             print(f"  greedy after over before {_shown(found['greedy_rise'])}")

@@ -6,7 +6,8 @@
     sharded     the same, parameters with one owner each, all or some                      → `weighted`, `Plan.sharded`
     pipeline    contiguous stages, one a device, and microbatches                          → `pipelines`
     hybrid      replicas of pipelines                                                      → `hybrids`
-    learned     the policy's placement, as it is and with each device's ops in one stretch → `learned`
+    learned     the policy's placement, as it is, with each device's ops in one stretch,   → `learned`, `by_work`
+                and as shares of the batch
 
 All of them are predicted by → `ClusterEvaluator`. It runs nothing and needs no session.
 """
@@ -26,13 +27,13 @@ from autoplace.proposals import with_unique_labels
 from autoplace.result import Candidate
 from autoplace.simulate.cluster_factors import ClusterFactors
 from autoplace.simulate.collectives import ClusterEvaluator
-from autoplace.simulate.stage_line import forward_ops
 from autoplace.strategies._base import Budget
+from autoplace.strategies.by_work import as_shares
 from autoplace.strategies.hybrids import hybrid_plans
 from autoplace.strategies.neighbours import SHARDED_PARTS
 from autoplace.strategies.pipelines import dividing, in_line, pipeline_plans, planned_problem, stages_plan
 from autoplace.strategies.registry import LEARNED, make_strategy
-from autoplace.strategies.weighted import even_plan, weighted_plans
+from autoplace.strategies.weighted import can_shard, even_plan, weighted_plans
 
 if TYPE_CHECKING:
     from autoplace.policy.policy import Policy
@@ -93,7 +94,7 @@ def propose_distributed(
     even = even_plan(problem, sorted(able))
     found["even"] += [] if even is None else [even]
     found["weighted"] += weighted_plans(problem, evaluator, able, evaluations=evaluations)[:_KEPT]
-    if forward_ops(problem.graph)[1] and all(d.kind == "cpu" for d in problem.cluster.devices):
+    if can_shard(problem):
         for part in SHARDED_PARTS:
             spent = evaluations // len(SHARDED_PARTS)
             found["sharded"] += weighted_plans(problem, evaluator, able, evaluations=spent, sharded=part)[:_KEPT]
@@ -135,7 +136,7 @@ def _learned(
     seed: int,
     split_ties: bool,
 ) -> list[Plan]:
-    """Return the policy's placement for every number of microbatches, and what it becomes in a line."""
+    """Return the policy's placement for every number of microbatches, and what it becomes in a line and as shares."""
     plans = []
     corrected = problem.with_(latency_ms=evaluator.latency_ms, overhead_ms=evaluator.overhead_ms)
     counts = dividing(microbatches, problem.batch_size)
@@ -146,6 +147,9 @@ def _learned(
             row = plan.assignment_array(problem)
             rows = [row, in_line(problem, row)] if split_ties else [row]
             plans += [stages_plan(problem, r, strategy="learned", microbatches=count) for r in rows]
+            for sharded in (0.0, 1.0) if can_shard(problem) else (0.0,):
+                shares = as_shares(problem, row, strategy="learned", sharded=sharded)
+                plans += [] if shares is None else [shares]
     return plans
 
 

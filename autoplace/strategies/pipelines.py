@@ -26,6 +26,7 @@ __all__ = [
     "built_by",
     "dividing",
     "in_line",
+    "mirrored",
     "moved_cuts",
     "pipeline_plans",
     "planned_problem",
@@ -132,7 +133,7 @@ def in_line(problem: Problem, row: NDArray[np.integer]) -> Row:
     ranked = np.argsort(middle, kind="stable")
     forward = np.zeros(count, np.int32)
     forward[order] = np.repeat(used[ranked], sizes[ranked])
-    return _mirrored(problem, forward)
+    return mirrored(problem, forward)
 
 
 def pipeline_plans(
@@ -187,7 +188,7 @@ def built_by(strategy: Constructive, problem: Problem) -> list[Row]:
     return strategy.candidates(view) or (strategy.candidates(relaxed) if relaxed is not None else [])
 
 
-def _mirrored(problem: Problem, forward: NDArray[np.integer]) -> Row:
+def mirrored(problem: Problem, forward: NDArray[np.integer]) -> Row:
     """Return the device of every op from that of the forward ops; the loss is with the last of them."""
     count, training = forward_ops(problem.graph)
     if not training:
@@ -198,7 +199,7 @@ def _mirrored(problem: Problem, forward: NDArray[np.integer]) -> Row:
 
 def settled(problem: Problem, row: NDArray[np.integer]) -> Row:
     """Return a placement with the loss where the last forward op runs."""
-    return _mirrored(problem, np.asarray(row)[: forward_ops(problem.graph)[0]])
+    return mirrored(problem, np.asarray(row)[: forward_ops(problem.graph)[0]])
 
 
 def moved_cuts(problem: Problem, row: NDArray[np.integer], step: int) -> list[Row]:
@@ -222,7 +223,7 @@ def moved_cuts(problem: Problem, row: NDArray[np.integer], step: int) -> list[Ro
             if cuts[i - 1] < moved < cuts[i + 1]:
                 forward = np.zeros(count, np.int32)
                 forward[order] = np.repeat(line, np.diff([*cuts[:i], moved, *cuts[i + 1 :]]))
-                found.append(_mirrored(problem, forward))
+                found.append(mirrored(problem, forward))
     return found
 
 

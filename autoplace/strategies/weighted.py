@@ -17,10 +17,11 @@ import numpy as np
 from autoplace.plan import Plan, Replica
 from autoplace.problem import Problem
 from autoplace.simulate.collectives import ClusterEvaluator
+from autoplace.simulate.stage_line import forward_ops
 from autoplace.strategies._shares import Counts, refine_counts, whole_units
 from autoplace.strategies.replicas import balanced_shares
 
-__all__ = ["even_plan", "replicas_plan", "weighted_plans"]
+__all__ = ["can_shard", "even_plan", "replicas_plan", "weighted_plans"]
 
 _ALL_SUBSETS = 6
 """Devices up to which every subset is tried."""
@@ -54,6 +55,11 @@ def replicas_plan(
         graph_fingerprint=problem.graph.fingerprint,
         cluster_fingerprint=problem.cluster.fingerprint,
     )
+
+
+def can_shard(problem: Problem) -> bool:
+    """Return whether plans of a problem may have owners of parameters: gradients, and processors alone."""
+    return forward_ops(problem.graph)[1] and all(device.kind == "cpu" for device in problem.cluster.devices)
 
 
 def even_plan(problem: Problem, able: Sequence[int]) -> Plan | None:
