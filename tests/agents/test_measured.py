@@ -118,6 +118,21 @@ def test_only_what_is_better_beyond_chance_is_confirmed(lanes):
     assert evaluator.confirmed(best) is None
 
 
+def test_placements_are_confirmed_whatever_they_ran_as(lanes):
+    problem, fast = lanes
+    best, worse = (Plan.from_assignment(problem, row, strategy="x") for row in (fast, 1 - fast))
+    case = MeasuredCase(
+        problem=problem,
+        evaluator=Noisy(problem),
+        as_run=lambda plan: plan.with_(channels_last=True, strategy="run"),
+        teachers=[best],
+    )
+    assert ReferencedEvaluator(case).confirmed(worse) == best, "a teacher's"
+    evaluator = ReferencedEvaluator(replace(case, teachers=[]))
+    evaluator.evaluate([best, worse])
+    assert evaluator.confirmed(worse) == best, "the training's"
+
+
 class Contrary(DriftingMachine):
     """Real runs that are fast where the simulator expects them to be slow."""
 
