@@ -192,11 +192,12 @@ class ShardedDataParallel:
                     arrivals.expect(bucket.parameters, flat, self._expected(flat, bucket.owner, tag))
         if _opaque(self._model):
             arrivals.finish()
-        with arrivals.watching():
-            loss = call()
-        arrivals.finish()
-        self._behind = False
-        return loss
+        try:
+            with arrivals.watching():
+                return call()
+        finally:  # where the model raises on all ranks, a step may follow
+            arrivals.finish()
+            self._behind = False
 
     # -- gradients, in the backward --------------------------------------------------------------------------------
 

@@ -326,6 +326,32 @@ def thawed(session):
         runner.close()
 
 
+def raises_once(session):
+    """Train sharded steps, the loss of one of which raises on all ranks; return the state."""
+    calls = []
+
+    def loss(output, targets):
+        calls.append(1)
+        if len(calls) == 2:
+            raise LookupError("once is enough")
+        return loss_of(output, targets)
+
+    model = model_of("tied").train()
+    runner = DistributedModel(model, plan_of(session, "sharded"), session, loss=loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    try:
+        for step in (0, 7, 1, 2):
+            optimizer.zero_grad()
+            try:
+                runner.train_step(*batch_of("tied", 6, step))
+            except LookupError:
+                continue
+            optimizer.step()
+        return {k: v.clone() for k, v in model.state_dict().items()}
+    finally:
+        runner.close()
+
+
 def owned(session):
     """Return the state's size, in elements, of this rank's optimizer after a sharded step."""
     model = model_of("tied").train()

@@ -117,7 +117,7 @@ def test_training_goes_on_without_a_host_that_is_gone(tmp_path, capfd, monkeypat
     assert losses_of(tmp_path) == pytest.approx(plain_losses(), rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", ["replicas", "stages"])
+@pytest.mark.parametrize("shape", ["replicas", "sharded", "stages"])
 def test_a_rank_that_is_killed_is_named_by_the_others(jobs, ranks_of, shape):
     group = ranks_of(2)
     try:

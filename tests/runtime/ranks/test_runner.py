@@ -82,6 +82,12 @@ def test_sharded_parameters_are_waited_for_wherever_they_are_used(three_ranks, j
         _same(after, state)
 
 
+def test_sharded_steps_go_on_after_one_that_raised(two_ranks, jobs):
+    _, _, state = jobs.plain_step("tied", 6, steps=3)
+    for found in two_ranks.run(jobs.raises_once):
+        _same(found, state)
+
+
 def test_sharded_optimizers_divide_their_state(three_ranks, jobs):
     model = jobs.model_of("tied")
     sizes = three_ranks.run(jobs.owned)
