@@ -64,7 +64,11 @@ class _Rows:
         self._most.append(most)
 
     def minimise(self, cost: Sequence[tuple[int, float]], seconds: float):  # type: ignore[no-untyped-def]
-        """Return scipy's answer."""
+        """Return scipy's answer.
+
+        Without presolve: that of HiGHS 1.14, which some versions of scipy bring, calls solutions optimal that are not
+        (ERGO-Code/HiGHS#2961).
+        """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
@@ -78,7 +82,7 @@ class _Rows:
             integrality=np.asarray(self.whole, np.int64),
             bounds=Bounds(np.asarray(self.lower), np.asarray(self.upper)),
             constraints=LinearConstraint(matrix, np.asarray(self._least), np.asarray(self._most)),
-            options={"time_limit": max(seconds, 0.01), "mip_rel_gap": 1e-8},
+            options={"time_limit": max(seconds, 0.01), "mip_rel_gap": 1e-8, "presolve": False},
         )
 
 
