@@ -10,7 +10,7 @@ from typing import Any
 
 from autoplace.errors import AutoplaceError
 
-__all__ = ["make_directory", "read_json", "read_text", "write_bytes_atomically", "write_text_atomically"]
+__all__ = ["make_directory", "parse_json", "read_json", "read_text", "write_bytes_atomically", "write_text_atomically"]
 
 
 def read_text(path: str | Path, error: type[AutoplaceError]) -> str:
@@ -25,11 +25,15 @@ def read_text(path: str | Path, error: type[AutoplaceError]) -> str:
 
 def read_json(path: str | Path, error: type[AutoplaceError]) -> Any:
     """Return the data of a JSON file (NaN and Infinity refused), or raise `error` with one sentence."""
+    return parse_json(read_text(path, error), path, error)
+
+
+def parse_json(text: str, path: str | Path, error: type[AutoplaceError]) -> Any:
+    """Return the data of a JSON file's text, as `read_json` does."""
 
     def refuse(constant: str) -> None:
         raise error(f"{path} holds {constant}, which JSON does not know; use a number or null")
 
-    text = read_text(path, error)
     try:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as cause:

@@ -29,7 +29,7 @@ import torch
 
 from autoplace.costs.cache import cache_dir
 from autoplace.errors import InputError, PlanFileError
-from autoplace.files import read_json, write_text_atomically
+from autoplace.files import parse_json, write_text_atomically
 from autoplace.hardware.cluster import Cluster
 from autoplace.likeness import describe, describe_model
 from autoplace.plan import Plan
@@ -129,10 +129,14 @@ def load_plan(key: str) -> CachedPlan | None:
         InputError: If `key` is no key of → `cache_key`.
     """
     path = _path(key)
-    if not path.exists():
-        return None
     try:
-        data = read_json(path, PlanFileError)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:  # there is none, or another process has just removed it
+            return None
+        except (OSError, UnicodeDecodeError) as cause:
+            raise PlanFileError(f"it cannot be read: {cause}") from None
+        data = parse_json(text, path, PlanFileError)
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("key") != key:
             raise PlanFileError(f'its "format" is not {FORMAT!r}, or its key is not its name')
         facts = data.get("facts", {})
@@ -140,8 +144,6 @@ def load_plan(key: str) -> CachedPlan | None:
             raise PlanFileError('its "facts" are no object')
         plan = Plan.from_json(data.get("plan"), where="its plan")
     except PlanFileError as error:
-        if not path.exists():  # another process has removed it meanwhile
-            return None
         _log.warning("autoplace ignores the cached plan %s, and tunes again: %s", path, error)
         return None
     with contextlib.suppress(OSError):
