@@ -34,10 +34,9 @@ from autoplace.result import Candidate
 from autoplace.runtime.distributed.pool import GroupEvaluator
 from autoplace.runtime.distributed.session import Session
 from autoplace.simulate.collectives import ClusterEvaluator
-from autoplace.strategies.by_work import as_row, as_shares
+from autoplace.strategies.by_work import all_as_shares, as_row
 from autoplace.strategies.distributed import MICROBATCHES, propose_distributed
 from autoplace.strategies.pipelines import dividing, in_line, planned_problem, settled, stages_plan
-from autoplace.strategies.weighted import can_shard
 from autoplace.workload import Workload
 
 if TYPE_CHECKING:
@@ -127,9 +126,7 @@ class _Line:
         rows = [settled(self._problem, row), in_line(self._problem, row)]
         counts = self._counts if len(set(rows[0].tolist())) > 1 else [1]
         plans = [stages_plan(self._problem, r, strategy="learned", microbatches=n) for r in rows for n in counts]
-        for sharded in (0.0, 1.0) if can_shard(self._problem) else (0.0,):
-            shares = as_shares(self._problem, row, strategy="learned", sharded=sharded)
-            plans += [] if shares is None else [shares]
+        plans += all_as_shares(self._problem, row, strategy="learned")
         outcomes = self._simulator.evaluate(plans)
         return plans[min(range(len(plans)), key=lambda i: (outcomes[i].objective, i))]
 

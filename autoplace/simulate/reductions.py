@@ -33,13 +33,7 @@ def allreduce_ms(size_bytes: float, devices: Sequence[int], cluster: Cluster) ->
         cluster: The devices.
     """
     count = len(set(devices))
-    if count < 2 or size_bytes <= 0.0:
-        return 0.0
-    latency_ms, bytes_per_ms = slowest_of_ring(devices, cluster)
-    if bytes_per_ms <= 0.0:
-        return float("inf")
-    steps = 2 * (count - 1)
-    return steps * latency_ms + steps / count * size_bytes / bytes_per_ms
+    return _sent_ms(size_bytes, devices, cluster, messages=2 * (count - 1), parts=2 * (count - 1))
 
 
 def scatter_ms(size_bytes: float, devices: Sequence[int], cluster: Cluster) -> float:
@@ -50,13 +44,18 @@ def scatter_ms(size_bytes: float, devices: Sequence[int], cluster: Cluster) -> f
         devices: Indices; see → `allreduce_ms`, whose links it reckons with, as every rank sends as much as on a ring.
         cluster: The devices.
     """
+    return _sent_ms(size_bytes, devices, cluster, messages=1, parts=len(set(devices)) - 1)
+
+
+def _sent_ms(size_bytes: float, devices: Sequence[int], cluster: Cluster, *, messages: int, parts: int) -> float:
+    """Return what messages take, one after the other, that carry some parts of the bytes, one a device, ms."""
     count = len(set(devices))
     if count < 2 or size_bytes <= 0.0:
         return 0.0
     latency_ms, bytes_per_ms = slowest_of_ring(devices, cluster)
     if bytes_per_ms <= 0.0:
         return float("inf")
-    return latency_ms + (count - 1) / count * size_bytes / bytes_per_ms
+    return messages * latency_ms + parts / count * size_bytes / bytes_per_ms
 
 
 def buckets_of(size: float, bucket_bytes: float) -> list[float]:

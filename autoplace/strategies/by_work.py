@@ -15,9 +15,9 @@ from autoplace.problem import Problem
 from autoplace.simulate.stage_line import forward_ops
 from autoplace.strategies._shares import whole_units
 from autoplace.strategies.pipelines import mirrored
-from autoplace.strategies.weighted import replicas_plan
+from autoplace.strategies.weighted import can_shard, replicas_plan
 
-__all__ = ["as_row", "as_shares"]
+__all__ = ["all_as_shares", "as_row", "as_shares"]
 
 
 def as_shares(problem: Problem, row: NDArray[np.integer], *, strategy: str, sharded: float = 0.0) -> Plan | None:
@@ -39,6 +39,13 @@ def as_shares(problem: Problem, row: NDArray[np.integer], *, strategy: str, shar
     if len(used) < 2 or not problem.can_run[:, used].all():
         return None
     return replicas_plan(problem, devices.tolist(), counts, strategy=strategy, sharded=sharded)
+
+
+def all_as_shares(problem: Problem, row: NDArray[np.integer], *, strategy: str) -> list[Plan]:
+    """Return what → `as_shares` makes of a placement, sharded where plans may be, and not; nothing where it cannot."""
+    parts = (0.0, 1.0) if can_shard(problem) else (0.0,)
+    plans = (as_shares(problem, row, strategy=strategy, sharded=part) for part in parts)
+    return [plan for plan in plans if plan is not None]
 
 
 def as_row(problem: Problem, plan: Plan) -> NDArray[np.int32]:

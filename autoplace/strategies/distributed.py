@@ -28,7 +28,7 @@ from autoplace.result import Candidate
 from autoplace.simulate.cluster_factors import ClusterFactors
 from autoplace.simulate.collectives import ClusterEvaluator
 from autoplace.strategies._base import Budget
-from autoplace.strategies.by_work import as_shares
+from autoplace.strategies.by_work import all_as_shares
 from autoplace.strategies.hybrids import hybrid_plans
 from autoplace.strategies.neighbours import SHARDED_PARTS
 from autoplace.strategies.pipelines import dividing, in_line, pipeline_plans, planned_problem, stages_plan
@@ -147,9 +147,7 @@ def _learned(
             row = plan.assignment_array(problem)
             rows = [row, in_line(problem, row)] if split_ties else [row]
             plans += [stages_plan(problem, r, strategy="learned", microbatches=count) for r in rows]
-            for sharded in (0.0, 1.0) if can_shard(problem) else (0.0,):
-                shares = as_shares(problem, row, strategy="learned", sharded=sharded)
-                plans += [] if shares is None else [shares]
+            plans += all_as_shares(problem, row, strategy="learned")
     return plans
 
 
